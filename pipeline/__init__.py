@@ -1,0 +1,1 @@
+"""The distributed pipeline around `bd_core`: everything that touches disk, processes or a tracker."""

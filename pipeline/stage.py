@@ -1,0 +1,103 @@
+"""The stage contract: what a stage is, what a unit of work is, what it reports.
+
+A stage knows nothing of Ray, retries or the tracker. It says which units there are (`units`, on the driver, cheap),
+loads what they share (`setup`, on the worker, once) and does one of them (`process`, writing only below `out_dir`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar
+
+from pipeline.config import Resources, Spec
+from pipeline.store import Artefact, unit_key
+
+Inputs = Mapping[str, Sequence[Artefact]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A named piece of work. `settings` tells it from its siblings and is hashed; `payload` is not.
+
+    A payload may hold only what `settings` and `inputs` already pin, such as the list of files whose digest is a
+    setting, or what must not count, such as timings for the report.
+    """
+
+    id: str
+    inputs: tuple[Artefact, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    payload: Any = None
+
+    def of(self, stage: str) -> list[Artefact]:
+        """Those of the unit's inputs that came from `stage`, in order."""
+        return [artefact for artefact in self.inputs if artefact.stage == stage]
+
+    def one(self, stage: str, unit: str | None = None) -> Artefact:
+        """The only input from `stage` (or the one named `unit`)."""
+        found = [artefact for artefact in self.of(stage) if unit in (None, artefact.unit)]
+        assert len(found) == 1, f"unit {self.id} has {len(found)} inputs from {stage} {unit or ''}, one is needed"
+        return found[0]
+
+
+@dataclass
+class StageReport:
+    """What one unit says of its work. `rows_in == rows_out + rejected` is checked for every unit."""
+
+    rows_in: int
+    rows_out: int
+    rejected: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `seconds[name]`."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - began
+
+
+class Stage(ABC):
+    """One step of the flow. `version` is raised by hand when equal inputs must give other bytes."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[tuple[str, ...]] = ()
+    what: ClassVar[str] = ""
+
+    def __init__(self, spec: Spec, resources: Resources | None = None, seed: int | None = None) -> None:
+        self.spec = spec
+        self.resources = resources or Resources()
+        self.seed = seed
+
+    @abstractmethod
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """The units of this stage, in order. On the driver: cheap, checks its inputs, `ConfigError` when they fail."""
+
+    def setup(self, unit: Unit) -> None:  # noqa: B027 - most stages have nothing to load
+        """Load what all units share, once a worker; `unit` is the first one the worker was given."""
+
+    @abstractmethod
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Do one unit, on a worker; write only below `out_dir`."""
+
+    def hashed_spec(self) -> dict[str, Any]:
+        """The part of the spec that counts in the key."""
+        return self.spec.model_dump(mode="json")
+
+    def key(self, unit: Unit) -> str:
+        """The key of `unit`."""
+        return unit_key(
+            stage=self.name,
+            version=self.version,
+            spec=self.hashed_spec(),
+            settings=dict(unit.settings),
+            inputs=[(f"{a.stage}/{a.unit}", a.digest) for a in unit.inputs],
+            seed=self.seed,
+        )
