@@ -1,0 +1,1 @@
+"""Backbones: an image tower with its text tower, preprocessing and identity."""

@@ -1,0 +1,1 @@
+"""File formats: image shards, tables, vectors and checkpoints. Equal content gives equal bytes."""
