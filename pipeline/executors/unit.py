@@ -1,0 +1,132 @@
+"""One unit, from its key to its commit: what every executor calls, wherever it runs it."""
+
+import random
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from pipeline import logs
+from pipeline.errors import BDMergeError
+from pipeline.stage import Stage, StageReport, Unit
+from pipeline.store import Artefact, Store, commit
+from pipeline.training.context import TrainingContext
+from pipeline.training.fit_stage import FitStage
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A unit with its key."""
+
+    unit: Unit
+    key: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one unit ended: with an artefact, or with an error and the log that tells more."""
+
+    unit: str
+    artefact: Artefact | None = None
+    error: str | None = None
+    log: Path | None = None
+
+
+class Executor(Protocol):
+    """Runs units of a stage and reports each as it ends; one failing unit does not stop its siblings."""
+
+    parallelism: int
+
+    def run(self, stage: Stage, planned: Sequence[Planned], done: Callable[[Outcome], None]) -> None:
+        """Do every unit of `planned`, calling `done` once for each."""
+        ...
+
+    def close(self) -> None:
+        """Release everything the executor started."""
+        ...
+
+
+@dataclass
+class UnitRunner:
+    """Runs units in this process, setting a stage up once and keeping only the last one."""
+
+    store: Store
+    run_id: str
+    context: TrainingContext | None = None
+    _ready: Stage | None = field(default=None, init=False)
+    _token: str = field(default="", init=False)
+
+    def __call__(self, stage: Stage, planned: Planned, token: str) -> Outcome:
+        """The outcome of one unit. `token` names the stage of this run: equal tokens share one `setup`."""
+        try:
+            return Outcome(planned.unit.id, artefact=self._commit(stage, planned, token))
+        # One of the two places that catch everything: a unit's failure is reported, its siblings go on.
+        except Exception as error:  # noqa: BLE001
+            return failed(self.store, self.run_id, stage.name, planned.unit.id, error)
+
+    def _commit(self, stage: Stage, planned: Planned, token: str) -> Artefact:
+        _pin_threads(stage.resources.threads, planned.key)
+        began = perf_counter()
+        if self._token != token:
+            self._ready, self._token = None, ""  # the last stage's model is released before the next is loaded
+            stage.setup(planned.unit)
+            self._ready, self._token = stage, token
+        ready, setup_s = self._ready, perf_counter() - began
+        assert ready is not None
+        unit = planned.unit
+
+        def produce(directory: Path) -> StageReport:
+            report = self._process(ready, unit, directory)
+            assert report.rows_in == report.rows_out + report.rejected, f"{stage.name} {unit.id} lost rows: {report}"
+            report.seconds["setup"] = setup_s
+            return report
+
+        return commit(
+            self.store,
+            produce,
+            stage=stage.name,
+            unit=unit.id,
+            key=planned.key,
+            version=stage.version,
+            seed=stage.seed,
+            spec=stage.hashed_spec(),
+            settings=dict(unit.settings),
+            inputs=[[f"{a.stage}/{a.unit}", a.digest] for a in unit.inputs],
+        )
+
+    def _process(self, stage: Stage, unit: Unit, directory: Path) -> StageReport:
+        if self.context is not None and isinstance(stage, FitStage):
+            return stage.fit(unit, directory, self.context)
+        return stage.process(unit, directory)
+
+    def accompany(self, stage: Stage, planned: Planned) -> None:
+        """Fit beside the worker that commits: the same steps, nothing kept."""
+        _pin_threads(stage.resources.threads, planned.key)
+        stage.setup(planned.unit)
+        with tempfile.TemporaryDirectory() as directory:
+            self._process(stage, planned.unit, Path(directory))
+
+
+def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseException) -> Outcome:
+    """The outcome of a unit that raised; the traceback goes to its log file."""
+    log = store.log_path(run_id, stage, unit)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    message = str(error) if isinstance(error, BDMergeError) else f"{type(error).__name__}: {error}"
+    logs.fact(f"{stage} {unit} failed", level=40, error=message)
+    return Outcome(unit, error=message, log=log)
+
+
+def _pin_threads(threads: int, key: str) -> None:
+    """Fix what could make equal inputs give other bytes: thread count, and global generators a library may use."""
+    import numpy as np
+    import torch
+
+    seed = int(key[:8], 16)
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

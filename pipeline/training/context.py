@@ -1,0 +1,64 @@
+"""What a fit needs of the world around it: where it stands among its workers, and where its state is kept."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class TrainingContext(Protocol):
+    """One of `world_size` workers that fit the same module on different slices of each batch."""
+
+    rank: int
+    world_size: int
+
+    def load(self) -> dict[str, Any] | None:
+        """The state saved last, or None at the start."""
+        ...
+
+    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Keep `state`, so that a killed fit goes on from here."""
+        ...
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """Replace every gradient by its mean over the workers."""
+        ...
+
+
+class LocalContext:
+    """A fit in this process; its state is one file, replaced atomically."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "state.pt"
+
+    def load(self) -> dict[str, Any] | None:
+        """The state saved last, or None at the start."""
+        return read_state(self._path)
+
+    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Keep `state`, so that a killed fit goes on from here."""
+        write_state(self._path, state)
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """A single worker's gradients are their own mean."""
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` beside `path` and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The state at `path`, or None; tensors and plain values only, no pickled object is executed."""
+    if not path.is_file():
+        return None
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    assert isinstance(state, dict)
+    return state
