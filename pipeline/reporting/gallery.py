@@ -1,0 +1,34 @@
+"""The figures of a report: each drawn in both themes, kept as a file and embedded in the page."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+
+from pipeline.reporting.markup import Html, tag
+from pipeline.reporting.style import DARK, LIGHT, Theme, render
+
+
+@dataclass
+class Gallery:
+    """Light PNGs by name, to be written to `figures/<name>.png`; the page holds the light and the dark form."""
+
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, name: str, draw: Callable[[Theme], Figure], alt: str, caption: object = "") -> Html:
+        """The `<figure>` of a drawing, without any address outside the page."""
+        assert name not in self.pictures, f"two figures are called {name}"
+        self.pictures[name] = render(draw, LIGHT)
+        dark = tag("source", srcset=_data(render(draw, DARK)), media="(prefers-color-scheme: dark)")
+        image = tag("img", src=_data(self.pictures[name]), alt=alt, loading="lazy")
+        picture = Html(f"<picture>{_void(dark)}{_void(image)}</picture>")
+        return tag("figure", picture, tag("figcaption", caption) if caption else Html(""), id=f"figure-{name}")
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _void(element: Html) -> str:
+    return element[: element.rindex("</")]  # source and img have no end tag
