@@ -1,0 +1,55 @@
+"""Per-sample form of open_clip's vision transformer, which uses three plain parameters in its forward pass.
+
+Found by its attributes: bd_core does not import open_clip. Legend: B batch, T tokens, D width, O output width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bd_core.merged.exact import merged_linear
+from bd_core.merged.routing import MergedTensor
+
+__all__ = ["MergedVisionTransformer", "is_vision_transformer"]
+
+
+def is_vision_transformer(module: nn.Module) -> bool:
+    """Whether this is open_clip's VisionTransformer (or one with the same parts)."""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    parts = ("conv1", "patch_dropout", "ln_pre", "transformer", "_pool")
+    return {"class_embedding", "positional_embedding"} <= own and all(hasattr(module, part) for part in parts)
+
+
+class MergedVisionTransformer(nn.Module):
+    """open_clip's VisionTransformer, its submodules already merged; the forward pass is open_clip's (3.3)."""
+
+    tower: Any
+
+    def __init__(self, tower: nn.Module, tensors: dict[str, MergedTensor]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.class_embedding = tensors["class_embedding"]
+        self.positional_embedding = tensors["positional_embedding"]
+        self.proj = tensors.get("proj")
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Image features [B, O], and the tokens if the tower was set to give them."""
+        tower = self.tower
+        patches = tower.conv1(images).flatten(2).mT
+        class_B1D = self.class_embedding()[:, None].to(patches.dtype)
+        x_BTD = torch.cat([class_B1D, patches], dim=1) + self.positional_embedding().to(patches.dtype)
+        x_BTD = tower.transformer(tower.ln_pre(tower.patch_dropout(x_BTD)))
+        pooled, tokens = tower._pool(x_BTD)
+        if self.proj is not None:
+            pooled = self._projected(pooled)
+        return (pooled, tokens) if tower.output_tokens else pooled
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        assert self.proj is not None
+        proj = self.proj  # stored [D, O], used as pooled @ proj
+        pooled_BTD = pooled.reshape(len(pooled), -1, pooled.shape[-1])
+        y = merged_linear(pooled_BTD, proj.weights, proj.base.mT, proj.vectors.mT, None)
+        return y.reshape(*pooled.shape[:-1], -1)
