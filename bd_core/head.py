@@ -9,7 +9,7 @@ is calibrated on data before it is used: softplus of raw CLIP logits (18 to 30) 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,7 @@ class EvidentialHead(nn.Module):
         activation: Activation = "softplus",
         scale: float = 1.0,
         offset: float = 0.0,
-        max_logit: float = 12.0,
+        max_logit: float = 20.0,
     ) -> None:
         super().__init__()
         check_option(activation, ("softplus", "exp"), "activation", "EvidentialHead")
@@ -82,8 +82,8 @@ class EvidentialHead(nn.Module):
         space: LabelSpace,
         *,
         activation: Activation = "softplus",
-        max_logit: float = 12.0,
-    ) -> Self:
+        max_logit: float = 20.0,
+    ) -> "EvidentialHead":
         """A head over the unified space, one unit row a class (see `unify_heads`); call `calibrate` next."""
         return cls(unify_heads(heads, space), activation=activation, max_logit=max_logit)
 
@@ -100,8 +100,9 @@ class EvidentialHead(nn.Module):
     ) -> Calibration:
         """The offset and scale, now set in the head, at which the mean of max_c p_c is target_confidence (ours).
 
-        The offset is the first of OFFSET_POSITIONS at which the target can be met without clamping; the scale follows
-        by bisection: at scale 0 every p_c is 1/C, at the largest one the top logit reaches the clamp. Memory: N x C.
+        For each of OFFSET_POSITIONS the scale follows by bisection: at scale 0 every p_c is 1/C, at the largest one the
+        top logit reaches the clamp. The smallest scale wins: it keeps samples graded, where a steep one leaves them
+        either no evidence or all of it. Memory: N x C in float64.
 
         Raises ValueError when the target is not in (1/C, 1) or no offset reaches it, and for features as `forward`.
         """
@@ -113,7 +114,7 @@ class EvidentialHead(nn.Module):
             )
         similarity_NC = self._similarity(features_ND, "calibrate").double()  # bisection must not stop at float32 steps
         mean, mean_top = similarity_NC.mean(), similarity_NC.amax(dim=1).mean()
-        reached = []
+        reached, found = [], []
         for position in OFFSET_POSITIONS:
             offset = torch.lerp(mean, mean_top, position)
             spread = similarity_NC.max() - offset
@@ -123,7 +124,9 @@ class EvidentialHead(nn.Module):
             reached.append(self._confidence(similarity_NC, high, offset))
             if reached[-1] >= target_confidence:
                 scale = self._bisect(similarity_NC, high, offset, target_confidence, tolerance)
-                return self._set(similarity_NC, scale, offset)
+                found.append((scale, offset))
+        if found:
+            return self._set(similarity_NC, *min(found, key=lambda pair: pair[0].item()))
         raise ValueError(
             f"calibrate: target_confidence = {target_confidence} cannot be reached over {n_classes} classes with "
             f"{self.activation} (at most {max(reached, default=1 / n_classes):.4g}); lower it, use activation='exp', "
@@ -150,8 +153,8 @@ class EvidentialHead(nn.Module):
         return opinion(self._alpha(similarity_NC, scale, offset)).probability.amax(dim=1).mean().item()
 
     def _bisect(self, similarity_NC: Tensor, high: Tensor, offset: Tensor, target: float, tolerance: float) -> Tensor:
-        # In log(scale): the useful scale lies anywhere between 1 and 1e6, the confidence is continuous in it.
-        low = high * 1e-9
+        # In log(scale), of which the confidence is a continuous function; at 1e-15 of the largest it is flat, 1/C.
+        low = high * 1e-15
         for _ in range(100):
             middle = (low * high).sqrt()
             confidence = self._confidence(similarity_NC, middle, offset)

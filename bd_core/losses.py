@@ -36,8 +36,8 @@ def inverse_loss(alpha_NC: Float[Tensor, "N C"], form: InverseForm = "gated") ->
     if form == "gated":
         return torch.mean((1 - uncertainty_N) * ambiguity_N / alpha_NC.shape[1])
     u_N, nu_N = uncertainty_N - uncertainty_N.mean(), ambiguity_N - ambiguity_N.mean()
-    spread = torch.linalg.vector_norm(u_N) * torch.linalg.vector_norm(nu_N)
-    return torch.sum(u_N * nu_N) / spread.clamp_min(torch.finfo(alpha_NC.dtype).tiny)
+    spread: Tensor = torch.linalg.vector_norm(u_N) * torch.linalg.vector_norm(nu_N)
+    return (u_N * nu_N).sum() / spread.clamp_min(torch.finfo(alpha_NC.dtype).tiny)
 
 
 def head_loss(
