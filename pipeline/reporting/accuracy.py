@@ -48,7 +48,7 @@ def _protocol_table(results: Results, protocol: str, numbers: Numbers) -> Html:
     return join([title, table(header, rows, class_="results"), tag("p", explain, class_="small")])
 
 
-def _method_cell(model: ModelResult) -> Html:
+def _method_cell(model: ModelResult, remarks: bool = True) -> Html:
     remark = FOOTNOTES.get(model.name)
     cost = model.cost.get("extra_parameters")
     # Thin enough for a laptop: what a method costs stands below its name, not in a column of its own.
@@ -56,7 +56,7 @@ def _method_cell(model: ModelResult) -> Html:
     if isinstance(cost, int) and cost > 0:
         under.append(f"+{cost / 1e6:.2f} M parameters" if cost >= 10_000 else f"+{cost:,} parameters")
     kind = "reference" if model.is_reference else "ours" if model.ours else "baseline"
-    extra = tag("span", "; ".join(under), class_="under") if under else ""
+    extra = tag("span", "; ".join(under), class_="under") if under and remarks else ""
     return tag("th", model.title, extra, scope="row", class_=kind)
 
 
@@ -64,7 +64,7 @@ def _accuracy_cell(accuracy: float | None, drop: float | None, best: bool, summa
     value = tag("strong" if best else "span", percent(accuracy))
     bracket = tag("span", f" ({signed(drop)})", class_="drop") if drop is not None else ""
     # The bar starts at zero and is the full cell at 100 %: lengths compare honestly.
-    bar = f"--share:{100 * accuracy:.1f}%" if summary and accuracy is not None else None
+    bar = f"--share:{accuracy:.3f}" if summary and accuracy is not None else None
     return tag("td", value, bracket, class_="bar" if summary else None, style=bar)
 
 
@@ -99,7 +99,7 @@ def _task_table(results: Results, protocol: str, level: str | None, numbers: Num
     }
     rows = []
     for model in shown:
-        cells: list[object] = [_method_cell(model)]
+        cells: list[object] = [_method_cell(model, remarks=False)]
         for task in results.tasks:
             for at in levels:
                 accuracy = value(model, task, at)
@@ -108,13 +108,11 @@ def _task_table(results: Results, protocol: str, level: str | None, numbers: Num
                 top = not model.is_reference and accuracy is not None and accuracy == best[task, at]
                 cells.append(tag("td", tag("strong" if top else "span", percent(accuracy))))
         rows.append(cells)
-    suffix = {CLEAN: "clean", "corrupted": results.corruptions}
-    names = [
-        join([task, tag("span", suffix[at], class_="under")]) if level is None else task
-        for task in results.tasks
-        for at in levels
-    ]
-    return table(["Method", *names], rows, class_="results")
+    if level is not None:
+        return table(["Method", *results.tasks], rows, class_="results")
+    spans = [tag("th", task, colspan=len(levels), scope="colgroup") for task in results.tasks]
+    header = ["Method", *(at if at == CLEAN else results.corruptions for _ in results.tasks for at in levels)]
+    return table(header, rows, class_="results", above=["", *spans])
 
 
 def accuracy_figure(results: Results, gallery: Gallery) -> Html:

@@ -50,8 +50,8 @@ def _reliability(shown: list[ModelResult], gallery: Gallery) -> Html:
                 _reliability_line(panel, theme, model, level, index)
             panel.set_title(f"Accuracy (%) by confidence (%), {level}")
             panel.set_xlabel("mean confidence of the bin (%)")
-            panel.set_xlim(0, 101)
-            panel.set_ylim(0, 103)
+            panel.set_xlim(-1, 102)
+            panel.set_ylim(-3, 103)
             panel.legend(loc="upper left")
         panels[0].set_ylabel("accuracy of the bin (%)")
         return figure
@@ -106,8 +106,8 @@ def _risk(results: Results, predictions: Predictions, gallery: Gallery) -> Html:
             panel.set_title(f"Error (%) among the most confident images, {level}")
             panel.set_xlabel("coverage: share of images answered (%)")
             panel.set_xlim(0, 100)
-            panel.set_ylim(bottom=0)
             only_horizontal(panel)
+        panels[0].set_ylim(bottom=0)  # shared, so set once every curve is there
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
         return figure

@@ -31,14 +31,14 @@ nav a {
 nav a:hover { color: var(--accent); border-color: var(--accent); }
 header .eyebrow { color: var(--muted); font-size: 13px; margin: 0; }
 header h1 {
-  font-size: 27px; line-height: 1.25; margin: 6px 0 10px; letter-spacing: -0.01em; text-wrap: balance;
-  max-width: 46rem;
+  font-size: 25px; line-height: 1.25; margin: 6px 0 10px; letter-spacing: -0.01em; text-wrap: balance;
+  max-width: 52rem;
 }
 header p.lead { margin: 0 0 4px; max-width: 50rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(168px, 1fr)); gap: 12px; margin: 20px 0 26px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin: 20px 0 26px; }
 .tile { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 13px 16px; }
 .tile b {
-  display: block; font-size: 25px; line-height: 1.2; font-variant-numeric: tabular-nums;
+  display: block; font-size: 21px; white-space: nowrap; line-height: 1.25; font-variant-numeric: tabular-nums;
   letter-spacing: -0.01em;
 }
 .tile span { display: block; color: var(--muted); font-size: 12.5px; line-height: 1.4; }
@@ -76,9 +76,10 @@ td strong { font-weight: 750; }
 .drop, .under { color: var(--muted); font-size: 12px; font-weight: 400; }
 .under { display: block; font-style: normal; line-height: 1.3; }
 td.bar {
-  background: linear-gradient(90deg, var(--bar) var(--share), transparent 0) no-repeat 0 50% / 100% 68%;
-  min-width: 110px;
+  background: linear-gradient(var(--bar) 0 0) no-repeat 10px 9px / calc((100% - 66px) * var(--share)) 15px;
+  min-width: 150px;
 }
+thead th[colspan] { text-align: center; border-bottom: 0; padding-bottom: 0; }
 table.narrow { width: auto; min-width: 60%; }
 table.used td, table.stages td { white-space: normal; overflow-wrap: anywhere; }
 table.used td { text-align: left; }

@@ -19,8 +19,9 @@ class Gallery:
     def add(self, name: str, draw: Callable[[Theme], Figure], alt: str, caption: object = "") -> Html:
         """The `<figure>` of a drawing, without any address outside the page."""
         assert name not in self.pictures, f"two figures are called {name}"
-        self.pictures[name] = render(draw, LIGHT)
-        dark = tag("source", srcset=_data(render(draw, DARK)), media="(prefers-color-scheme: dark)")
+        drawn = render(draw)
+        self.pictures[name] = drawn[LIGHT.name]
+        dark = tag("source", srcset=_data(drawn[DARK.name]), media="(prefers-color-scheme: dark)")
         image = tag("img", src=_data(self.pictures[name]), alt=alt, loading="lazy")
         picture = Html(f"<picture>{_void(dark)}{_void(image)}</picture>")
         return tag("figure", picture, tag("figcaption", caption) if caption else Html(""), id=f"figure-{name}")

@@ -80,5 +80,6 @@ def _draw(theme: Theme, degrees: Degrees) -> Figure:
     axes.set_xticks(range(len(bins)), labels)
     axes.set_xlabel("neighbours within the radius")
     axes.set_title("Share of samples (%) by number of neighbours")
+    axes.margins(y=0.1)
     only_horizontal(axes)
     return figure

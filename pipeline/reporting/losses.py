@@ -1,23 +1,25 @@
 """Loss curves of everything that was fitted: demo models, head, AdaMerging, routers."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.markup import Html, note
 from pipeline.reporting.numbers import Numbers
-from pipeline.reporting.parts import Parts, numbers_of, read_table, reference
+from pipeline.reporting.parts import Parts, numbers_of, read_table, reference, title_of
 from pipeline.reporting.style import Theme, canvas, only_horizontal
 
 STAGES = ("base", "experts", "fit_head", "fit_router", "export")
 POSITION = ("step", "epoch")
 MOST_PANELS = 18
 COLUMNS = 3
+LABEL_GAP = 0.1  # of the panel's height
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -48,10 +50,8 @@ def read_histories(parts: Parts) -> list[History]:
                 if table.num_rows == 0 or not terms:
                     continue
                 extra = path.name.removesuffix("history.parquet").rstrip("_.")
+                title = f"{title_of(unit)} {extra}".rstrip()
                 position = numbers_of(table, axis) if axis else np.arange(table.num_rows, dtype=np.float64)
-                title = " ".join(
-                    filter(None, [stage.replace("_", " "), unit.unit if unit.unit != stage else "", extra])
-                )
                 found.append(History(title, position, terms, axis or "row", reference(unit)))
     return found
 
@@ -95,16 +95,37 @@ def _panel(axes: Axes, theme: Theme, history: History) -> None:
         axes.plot(history.position, values, color=colour, linewidth=0.8, alpha=1.0 if few else 0.28,
                   marker="o" if few else "", markersize=2.5)  # fmt: skip
         axes.plot(*_running_mean(history.position, values), color=colour, linewidth=1.7, label=term)
-    ends = [abs(float(np.nanmedian(v))) for v in history.terms.values() if np.isfinite(v).any()]
     everything = np.concatenate(list(history.terms.values()))
+    sizes = [abs(float(np.nanmedian(v))) for v in history.terms.values() if np.isfinite(v).any()]
     positive = bool((everything[np.isfinite(everything)] > 0).all())
-    if positive and ends and max(ends) > 10 * max(min(ends), 1e-12):
+    if positive and sizes and max(sizes) > 10 * max(min(sizes), 1e-12):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(history.title, fontsize=9, pad=5)
     axes.set_xlabel(history.axis, fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.legend(fontsize=7.5, loc="best", handlelength=1.2, borderaxespad=0.2, labelspacing=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     only_horizontal(axes)
+    _name_ends(
+        axes, {term: (colours[i % len(colours)], values) for i, (term, values) in enumerate(history.terms.items())}
+    )
+
+
+def _name_ends(axes: Axes, curves: dict[str, tuple[str, Floats]]) -> None:
+    """Write each term beside the end of its curve, moved apart where ends meet: nothing to look up in a legend."""
+    ends = {}
+    for term, (_, values) in curves.items():
+        last = _running_mean(values, values)[1][-1]
+        if np.isfinite(last):
+            point = axes.transData.transform((axes.get_xlim()[1], last))
+            ends[term] = float(axes.transAxes.inverted().transform(point)[1])
+    order = sorted(ends, key=lambda term: ends[term])
+    for below, above in pairwise(order):
+        ends[above] = max(ends[above], ends[below] + LABEL_GAP)
+    shift = max(0.0, max(ends.values(), default=0.0) - 1.0)
+    for term in order:
+        axes.text(1.02, ends[term] - shift, term, transform=axes.transAxes, color=curves[term][0], fontsize=7.5,
+                  va="center", clip_on=False)  # fmt: skip
 
 
 def _running_mean(position: Floats, values: Floats) -> tuple[Floats, Floats]:

@@ -41,9 +41,18 @@ def details(summary: str, *children: object, opened: bool = False) -> Html:
     return Html(f"<details{' open' if opened else ''}>{body}</details>")
 
 
-def table(header: Iterable[object], rows: Iterable[Iterable[object]], class_: str = "") -> Html:
-    """A table; a cell that is a ready `td` or `th` passes, the first of a row becomes its heading."""
-    head = tag("tr", *(cell if _is_cell(cell) else tag("th", cell, scope="col") for cell in header))
+def table(
+    header: Iterable[object], rows: Iterable[Iterable[object]], class_: str = "", above: Iterable[object] = ()
+) -> Html:
+    """A table; a cell that is a ready `td` or `th` passes, the first of a row becomes its heading.
+
+    `above` is a row over the header, for cells that span columns.
+    """
+    heads = [
+        tag("tr", *(cell if _is_cell(cell) else tag("th", cell, scope="col") for cell in cells))
+        for cells in (above, header)
+    ]
+    head = join(heads[1:] if heads[0] == tag("tr") else heads)
     body = join(
         tag("tr", *(cell if _is_cell(cell) else _cell(cell, first=index == 0) for index, cell in enumerate(row)))
         for row in rows

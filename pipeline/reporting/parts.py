@@ -21,6 +21,12 @@ def reference(artefact: Artefact) -> str:
     return f"{artefact.stage}/{artefact.unit}-{artefact.key[:12]}"
 
 
+def title_of(artefact: Artefact) -> str:
+    """A reader's name for a unit: `fit router: layer`; the unit alone adds nothing where it repeats its stage."""
+    stage = artefact.stage.replace("_", " ")
+    return stage if artefact.unit in stage.split() else f"{stage}: {artefact.unit}"
+
+
 @dataclass(frozen=True)
 class Parts:
     """The committed units a report may read, by stage; a stage or unit that is not there is simply absent."""

@@ -43,7 +43,7 @@ def _model(model: ModelResult, gallery: Gallery, numbers: Numbers) -> Html:
                     own[level].append(mean)
     finding = "; ".join(f"{level} {np.mean(values):.2f}" for level, values in own.items() if values)
     caption = f"Mean weight of the task’s own expert: {finding} (uniform would be {1 / max(1, len(experts)):.2f}). "
-    caption += "Rows are experts; darker is more weight. Outlined: the task’s own expert."
+    caption += "Outlined: the task’s own expert; the stronger the blue, the more weight."
     single = all(matrix.shape[0] == 1 for matrix in weights[first].values())
     draw = _draw_matrix if single else _draw_layers
     picture = gallery.add(

@@ -122,7 +122,7 @@ def section(run: Mapping[str, Any], gallery: Gallery, numbers: Numbers) -> Html:
                 "timing",
                 lambda theme: _draw(theme, times),
                 alt="Wall time of every stage, forward and backward passes against everything else",
-                caption="Wall seconds of each stage. Dark: forward and backward passes. Pale: all the rest.",
+                caption="Blue: forward and backward passes. Orange: all the rest, itemised below.",
             )
         )
     pieces.append(_overhead_table(overhead_items(times, overhead), total))
@@ -151,8 +151,10 @@ def _draw(theme: Theme, times: list[StageTime]) -> Figure:
 def _overhead_table(items: list[tuple[str, float]], total: float) -> Html:
     if not items:
         return note("No time outside forward and backward passes was recorded.")
-    rows = [[name, f"{seconds:.1f}", f"{100 * seconds / total:.1f}"] for name, seconds in items]
-    rows.append(["together", f"{sum(s for _, s in items):.1f}", f"{100 * sum(s for _, s in items) / total:.1f}"])
+    rows: list[list[object]] = [[name, f"{seconds:.1f}", f"{100 * seconds / total:.1f}"] for name, seconds in items]
+    together = sum(seconds for _, seconds in items)
+    cells = [tag("td", tag("strong", v)) for v in (f"{together:.1f}", f"{100 * together / total:.1f}")]
+    rows.append([tag("th", tag("strong", "together"), scope="row"), *cells])
     return table(["Outside forward and backward passes", "seconds", "% of the run"], rows, class_="narrow")
 
 

@@ -15,6 +15,7 @@ from pipeline.reporting.results import CLEAN
 from pipeline.reporting.style import Theme, canvas, only_horizontal
 
 SCORES = {"u": "uncertainty u", "iec": "ambiguity IEC ν", "mean_ads": "mean ADS of the sample’s edges"}
+SHORT = {"u": "u", "iec": "IEC", "mean_ads": "ADS"}
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -130,7 +131,8 @@ def _distributions(axes: Axes, theme: Theme, found: Detection, name: str) -> Non
     low, high = (float(v) for v in np.percentile(everything, [0.5, 99.5]))
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, 41)
+    smallest = min(len(values) for values in found.values[name].values() if len(values))
+    edges = np.linspace(low, high, 1 + int(np.clip(smallest**0.5, 12, 40)))
     for index, level in enumerate(level for level in found.levels if level in found.values[name]):
         values = found.values[name][level]
         if len(values) == 0:
@@ -144,12 +146,7 @@ def _distributions(axes: Axes, theme: Theme, found: Detection, name: str) -> Non
             axes.stairs(density, edges, color=colour, alpha=0.22, fill=True)
     score = found.auroc.get(name, {})
     hardest = next((level for level in reversed(found.levels) if level in score), None)
-    axes.set_title(f"Share of samples (%) by {name.replace('mean_ads', 'mean ADS').replace('iec', 'IEC')}")
-    if hardest is not None:
-        axes.text(
-            0.98, 0.96, f"AUROC {hardest}: {score[hardest]:.2f}", transform=axes.transAxes, ha="right", va="top",
-            fontsize=8.5, color=theme.muted,
-        )  # fmt: skip
-    axes.set_xlabel(SCORES[name])
+    axes.set_title(f"{SHORT[name]}: share of samples (%)")
+    axes.set_xlabel(SCORES[name] if hardest is None else f"{SCORES[name]}\nAUROC {hardest}: {score[hardest]:.2f}")
     axes.locator_params(axis="x", nbins=5)
     only_horizontal(axes)

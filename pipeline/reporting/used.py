@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.reporting.markup import Html, details, join, note, table, tag
 from pipeline.reporting.numbers import Numbers
-from pipeline.reporting.parts import Parts, numbers_of, read_json, read_table, reference
+from pipeline.reporting.parts import Parts, numbers_of, read_json, read_table, reference, title_of
 
 Row = tuple[str, str, str]  # what, value, where it was read
 
@@ -94,7 +94,7 @@ def _fits(parts: Parts, numbers: Numbers) -> list[Row]:
         for unit in parts.units(stage):
             for name, value in sorted((unit.report.get("metrics") or {}).items()):
                 numbers.add(f"{stage}.{unit.unit}.{name}", value, reference(unit))
-                label = f"{stage.replace('_', ' ')} {unit.unit}: {name.replace('_', ' ')}"
+                label = f"{title_of(unit)}, {name.replace('_', ' ')}"
                 rows.append((label, short(value), reference(unit)))
     return rows
 
