@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import Resources, Spec
 from pipeline.store import Artefact, unit_key
+
+if TYPE_CHECKING:
+    import torch
 
 Inputs = Mapping[str, Sequence[Artefact]]
 
@@ -76,6 +79,9 @@ class Stage(ABC):
         self.resources = resources or Resources()
         self.seed = seed
 
+    def check(self) -> None:  # noqa: B027 - most stages depend on nothing outside the store
+        """Whatever can be found wrong before any work begins; `ConfigError` or `DataError` when it is."""
+
     @abstractmethod
     def units(self, inputs: Inputs) -> list[Unit]:
         """The units of this stage, in order. On the driver: cheap, checks its inputs, `ConfigError` when they fail."""
@@ -86,6 +92,13 @@ class Stage(ABC):
     @abstractmethod
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Do one unit, on a worker; write only below `out_dir`."""
+
+    @property
+    def device(self) -> "torch.device":
+        """CUDA when the stage was given a GPU and one is there, the CPU otherwise."""
+        import torch
+
+        return torch.device("cuda" if self.resources.gpus and torch.cuda.is_available() else "cpu")
 
     def hashed_spec(self) -> dict[str, Any]:
         """The part of the spec that counts in the key."""

@@ -2,9 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
+from typing import Literal
+
+from pipeline.config import Spec
 from pipeline.executors.unit import Outcome, Planned, UnitRunner
 from pipeline.stage import Stage
 from pipeline.store import Store
+
+
+class SerialSpec(Spec):
+    """Every unit in this process, one after the other."""
+
+    kind: Literal["serial"] = "serial"
 
 
 class SerialExecutor:

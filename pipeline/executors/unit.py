@@ -33,6 +33,7 @@ class Outcome:
     artefact: Artefact | None = None
     error: str | None = None
     log: Path | None = None
+    exit_code: int = 1
 
 
 class Executor(Protocol):
@@ -117,7 +118,7 @@ def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseExceptio
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     message = str(error) if isinstance(error, BDMergeError) else f"{type(error).__name__}: {error}"
     logs.fact(f"{stage} {unit} failed", level=40, error=message)
-    return Outcome(unit, error=message, log=log)
+    return Outcome(unit, error=message, log=log, exit_code=getattr(error, "exit_code", 1))
 
 
 def _pin_threads(threads: int, key: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import shutil
 import time
 import uuid
@@ -59,6 +60,8 @@ def commit(
                 "began": began,
                 "process_s": produced - began,
                 "commit_s": time.time() - produced,
+                # Of the whole process since it began: an upper bound on what this unit needed.
+                "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             },
         )
         manifest.write(temporary)

@@ -61,7 +61,7 @@ class Store:
         return self.root / stage / f"{unit}-{key[:KEY_CHARS_IN_NAMES]}"
 
     def find(self, stage: str, unit: str, key: str) -> Artefact | None:
-        """The committed unit with this key, or None. A damaged one is set aside, with a `DataError` left to nobody."""
+        """The committed unit with this key, or None when there is none or its files are not as the manifest says."""
         directory = self.directory(stage, unit, key)
         if not directory.is_dir():
             return None
@@ -82,6 +82,11 @@ class Store:
     def state_directory(self, stage: str, unit: str, key: str) -> Path:
         """Where an unfinished training keeps what it needs to resume; removed when the unit is committed."""
         return self.root / stage / f"{TRAINING_STATE}{unit}-{key[:KEY_CHARS_IN_NAMES]}"
+
+    @staticmethod
+    def state_beside(temporary: Path) -> Path:
+        """The state directory of the unit that is being written in `temporary`."""
+        return temporary.with_name(TRAINING_STATE + temporary.name.removeprefix(TEMPORARY).rpartition("-")[0])
 
     def run_directory(self, run_id: str) -> Path:
         """Where the record of a run lies."""

@@ -1,0 +1,155 @@
+"""The command line. `bd-merge COMMAND --help` teaches each command; exit codes: 0 done, 1 failed units, 2 input error.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from pipeline import logs
+from pipeline.errors import BDMergeError
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+
+app = typer.Typer(
+    name="bd-merge",
+    help="Merge fine-tuned experts into one model that routes per sample, and see what it buys under shift.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. seed=1 fit_router.steps=100.")
+]
+StoreOption = Annotated[Path, typer.Option("--store", envvar="BD_STORE", help="The store's directory.")]
+DEFAULT_STORE = Path("bd-store")
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the pipeline; what the store already holds is reused, so the same command resumes an interrupted run."""
+    from pipeline.run import resume_command
+    from pipeline.run import run as run_workflow
+    from pipeline.show import show_run
+    from pipeline.workflow import Workflow
+
+    workflow = Workflow.load(config, overrides or ())
+    workflow.check()
+    show_run(workflow, run_workflow(workflow, resume_command()))
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show what would run, what is reused and why, with an estimate of time and disk; changes nothing."""
+    from pipeline.show import show_plan
+    from pipeline.workflow import Workflow
+
+    workflow = Workflow.load(config, overrides or ())
+    workflow.check()
+    show_plan(workflow)
+
+
+@app.command()
+def status(store: StoreOption = DEFAULT_STORE) -> None:
+    """List the runs of a store, how far each got and how much disk its units take."""
+    from pipeline.show import show_status
+
+    show_status(_store(store))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check this configuration.")] = None,
+    overrides: Overrides = None,
+    contents: Annotated[bool, typer.Option("--contents", help="Hash every file of the store again.")] = False,
+) -> None:
+    """Check environment, configuration, data and checkpoints before any long work."""
+    from pipeline.doctor import examine
+    from pipeline.show import show_findings
+
+    findings = examine(config, overrides or (), contents=contents)
+    show_findings(findings)
+    if any(not finding.healthy for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def gc(
+    store: StoreOption = DEFAULT_STORE,
+    keep: Annotated[int | None, typer.Option("--keep", min=0, help="Also forget all but the N newest runs.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove the units that no run pins, and what killed runs left behind."""
+    from pipeline.gc import collect
+    from pipeline.show import show_removed
+
+    show_removed(collect(_store(store), keep_runs=keep, dry_run=dry_run), dry_run)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run ids, or their beginnings.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Put runs side by side: accuracy of every method at every level, and the options that differ."""
+    from pipeline.show import show_comparison
+
+    show_comparison(_store(store), runs)
+
+
+@app.command()
+def track(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Run id, or its beginning.")],
+    store: StoreOption = DEFAULT_STORE,
+    uri: Annotated[str | None, typer.Option(help="MLflow server; default: the sqlite file in the store.")] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "bd-merging",
+) -> None:
+    """Write a finished run into MLflow again, from the store alone, after the tracker was down."""
+    from pipeline.errors import UnitsFailed
+    from pipeline.record import read_record
+    from pipeline.tracking import track_run
+
+    place = _store(store)
+    record = read_record(place, run_id)
+    target = uri or f"sqlite:///{place.root / 'mlflow.db'}"
+    record.tracked = track_run(record, record.artefacts(place), uri=target, experiment=experiment)
+    if record.tracked is None:
+        raise UnitsFailed(f"run {record.run_id} was not tracked at {target}; the log above says why")
+    record.write(place)
+
+
+def _store(path: Path) -> "Store":
+    from pipeline.errors import ConfigError
+    from pipeline.store import Store
+
+    if not path.is_dir():
+        raise ConfigError(f"store {path} does not exist; name one with --store or BD_STORE, or run a configuration")
+    return Store(path)
+
+
+def main() -> NoReturn:
+    """Run the command line; every error of ours is printed without a traceback."""
+    logs.configure()
+    # A job system ends with SIGTERM what a person ends with Ctrl-C: both leave the store clean.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        app(standalone_mode=True)
+    except BDMergeError as error:
+        sys.stderr.write(f"bd-merge: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("bd-merge: interrupted; finished units are kept, the same command goes on from there\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

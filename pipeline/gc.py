@@ -1,0 +1,60 @@
+"""Garbage collection: units that no run pins, orphaned temporaries, abandoned training state."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.record import read_record, run_ids
+from pipeline.store import Store, hold
+
+RAY_TRAIN = ".ray_train"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One thing that was, or would be, removed."""
+
+    path: Path
+    size_bytes: int
+    why: str
+
+
+def collect(store: Store, *, keep_runs: int | None = None, dry_run: bool = False) -> list[Removed]:
+    """Remove what nothing needs and say what it was; the store is held meanwhile, so no run loses a unit it uses.
+
+    `keep_runs` also forgets all runs but that many newest ones, and with them what only they pinned.
+    """
+    with hold(store.root, "bd-merge gc"):
+        doomed = _doomed(store, keep_runs)
+        if not dry_run:
+            for each in doomed:
+                shutil.rmtree(each.path)
+    return doomed
+
+
+def _doomed(store: Store, keep_runs: int | None) -> list[Removed]:
+    ids = run_ids(store)
+    forgotten = ids[: max(0, len(ids) - keep_runs)] if keep_runs is not None else []
+    removed = [_removed(store.run_directory(run_id), "a forgotten run") for run_id in forgotten]
+    pinned = {
+        store.directory(stage, unit, key)
+        for run_id in ids
+        if run_id not in forgotten
+        for stage, units in read_record(store, run_id).stages.items()
+        for unit, key in units.items()
+    }
+    removed += [_removed(path, "pinned by no run") for path, _ in store.units() if path not in pinned]
+    removed += [_removed(path, "left by an interrupted run") for path in store.passing()]
+    removed += [_removed(path, "state of an unfinished fit") for path in sorted(store.root.glob("*/.state-*"))]
+    removed += [_removed(path, "Ray Train's checkpoints") for path in sorted(store.root.glob(f"{RAY_TRAIN}/*"))]
+    removed += [
+        _removed(path, "logs of a forgotten run")
+        for path in sorted(store.root.glob("logs/*"))
+        if path.name in forgotten
+    ]
+    return removed
+
+
+def _removed(path: Path, why: str) -> Removed:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Removed(path, size, why)

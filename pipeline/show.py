@@ -1,0 +1,121 @@
+"""What the commands print, as rich tables."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.doctor import Finding
+from pipeline.gc import Removed
+from pipeline.plan import StagePlan, estimate, reason, walk
+from pipeline.record import RunRecord, read_record, run_ids
+from pipeline.store import Store
+from pipeline.workflow import Workflow
+
+CONSOLE = Console(soft_wrap=True)
+REASONS_SHOWN = 2
+
+
+def show_run(workflow: Workflow, record: RunRecord) -> None:
+    """The result table of a finished run, and where report and tracker are."""
+    from pipeline.compare import run_rows
+
+    store = Store(workflow.store_path)
+    artefacts = record.artefacts(store)
+    rows = run_rows(artefacts)
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        table = Table(title=f"accuracy, {protocol.replace('_', '-')} (relative drop against clean)", title_justify="left")
+        shown = [row for row in rows if row.protocol == protocol]
+        levels = list(shown[0].accuracy)
+        for column in ("method", *levels):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in shown:
+            cells = [_cell(row.accuracy[level], row.relative_drop[level], level) for level in levels]
+            table.add_row(row.title, *cells)
+        CONSOLE.print(table)
+    report = artefacts["report"][0]
+    CONSOLE.print(f"report   {report.file('report.html')}")
+    CONSOLE.print(f"tracking {record.tracked or 'not tracked; write it later with bd-merge track ' + record.run_id}")
+    CONSOLE.print(f"run      {record.run_id}")
+    total = [entry["wall_s"] for entry in record.timing if entry["stage"] == "total"]
+    if total:
+        CONSOLE.print(f"time     {total[0]:.0f} s")
+
+
+def show_plan(workflow: Workflow) -> None:
+    """A row a stage: units to run, units reused, why, and what it will take."""
+    store = Store(workflow.store_path)
+    history = [manifest for _, manifest in store.units()]
+    table = Table(title=f"plan of {workflow.name} in {store.root}", title_justify="left")
+    for column, justify in (("stage", "left"), ("run", "right"), ("reuse", "right"), ("seconds", "right"), ("MiB", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    table.add_column("memory MiB", justify="right")
+    table.add_column("why", overflow="fold")
+    for plan in walk(workflow.stages, store):
+        if not isinstance(plan, StagePlan):
+            table.add_row(plan.name, "?", "?", "?", "?", "?", f"known once {', '.join(plan.needs)} are there")
+            continue
+        cost = estimate(plan, history, parallelism=2)
+        why = [f"{each.unit.id}: {reason(plan, each, history)}" for each in plan.missing[:REASONS_SHOWN]]
+        more = len(plan.missing) - len(why)
+        table.add_row(
+            plan.stage.name,
+            str(len(plan.missing)),
+            str(len(plan.found)),
+            _or_unknown(cost.seconds, bool(plan.missing)),
+            _or_unknown(cost.size_bytes and cost.size_bytes / 2**20, bool(plan.missing)),
+            _or_unknown(cost.memory_bytes and cost.memory_bytes / 2**20, bool(plan.missing)),
+            "; ".join(why) + (f"; and {more} more" if more else ""),
+        )
+    CONSOLE.print(table)
+    CONSOLE.print("Estimates are means of earlier units of the stage in this store; ? where there are none yet.")
+
+
+def show_status(store: Store) -> None:
+    """A row a run."""
+    table = Table(title=f"runs in {store.root}", title_justify="left")
+    for column in ("run", "created", "finished", "stages", "units", "MiB"):
+        table.add_column(column, justify="right" if column in ("stages", "units", "MiB") else "left")
+    sizes = {(m.stage, m.unit, m.key): m.size_bytes for _, m in store.units()}
+    for run_id in run_ids(store):
+        record = read_record(store, run_id)
+        pins = [(stage, unit, key) for stage, units in record.stages.items() for unit, key in units.items()]
+        size = sum(sizes.get(pin, 0) for pin in pins) / 2**20
+        finished = record.finished or "not yet; the same command resumes it"
+        table.add_row(run_id, record.created, finished, str(len(record.stages)), str(len(pins)), f"{size:.1f}")
+    CONSOLE.print(table)
+    CONSOLE.print(f"{len(sizes)} units, {sum(sizes.values()) / 2**20:.1f} MiB; `bd-merge gc` removes what no run pins")
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """A line a finding."""
+    for finding in findings:
+        CONSOLE.print(f"{'ok  ' if finding.healthy else 'FAIL'} {finding.what}: {finding.detail}", markup=False)
+
+
+def show_removed(removed: Sequence[Removed], dry_run: bool) -> None:
+    """A line a removed directory, and the sum."""
+    for each in removed:
+        CONSOLE.print(f"{each.path} ({each.size_bytes / 2**20:.1f} MiB): {each.why}", markup=False)
+    verb = "would be removed" if dry_run else "removed"
+    CONSOLE.print(f"{len(removed)} {verb}, {sum(each.size_bytes for each in removed) / 2**20:.1f} MiB")
+
+
+def show_comparison(store: Store, runs: Sequence[str]) -> None:
+    """Runs side by side."""
+    from pipeline.compare import compare_runs, comparison_table
+
+    records = [read_record(store, run_id) for run_id in runs]
+    CONSOLE.print(comparison_table(compare_runs([(record, record.artefacts(store)) for record in records])))
+
+
+def _cell(accuracy: float, drop: float, level: str) -> str:
+    return f"{100 * accuracy:.1f}" if level == "clean" else f"{100 * accuracy:.1f} ({-100 * drop:+.1f}%)"
+
+
+def _or_unknown(value: float | None, needed: bool) -> str:
+    if not needed:
+        return "0"
+    return "?" if value is None else f"{value:.1f}"
+
+

@@ -1,0 +1,127 @@
+"""detect: do u, IEC and ADS tell corrupted images from clean ones? Test images against the pool's neighbourhoods.
+
+Shape letters: A test images, N rows of the pool, C classes, D width.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from bd_core.metrics import auroc
+from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, radius_graph
+from pipeline.config import Spec
+from pipeline.formats.faiss_index import range_search, read_index
+from pipeline.formats.tables import read_table, write_table
+from pipeline.formats.vectors import read_vectors
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.stages.corrupt import CLEAN
+from pipeline.stages.fit_head import load_head
+from pipeline.stages.models import open_backbone
+from pipeline.stages.pool import Pool
+from pipeline.stages.predictors import Static, features_of
+from pipeline.stages.score import ScoreSpec, score_anchors
+
+SIGNALS = ("u", "iec", "mean_ads")
+
+
+class DetectSpec(Spec):
+    """Nothing to choose: radius, head and form of the ADS are those of the run."""
+
+
+class Detect(Stage):
+    """Scores every test image, clean and corrupted, by the three signals of the method."""
+
+    name: ClassVar[str] = "detect"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("base", "embed", "index", "fit_head", "score", "corrupt")
+    what: ClassVar[str] = "measure how uncertainty and discrepancy detect corruption"
+    spec: DetectSpec
+
+    def __init__(self, spec: DetectSpec, score: ScoreSpec, resources: Any = None) -> None:
+        super().__init__(spec, resources)
+        self._score = score
+
+    def hashed_spec(self) -> dict[str, Any]:
+        """The form of the ADS."""
+        return self._score.model_dump(mode="json")
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit: all levels, so that they can be compared."""
+        given = [artefact for name in ("base", "embed", "index", "fit_head", "corrupt") for artefact in inputs[name]]
+        return [Unit("detect", inputs=tuple(given))]
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write `scores.parquet` and `metrics.json` (AUROC against clean, isolated share by level)."""
+        pool = Pool.of(unit.inputs)
+        backbone = open_backbone(unit.one("base"))
+        backbone.model.to(self.device)
+        head, _ = load_head(unit.one("fit_head"))
+        reference_ND = pool.features()
+        with torch.no_grad():
+            alpha_NC = head(reference_ND)
+        report = StageReport(rows_in=0, rows_out=0)
+        tables = []
+        for part in unit.of("corrupt"):
+            pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
+            with report.span("forward_backward"):
+                features_AD, _ = features_of(
+                    Static(backbone, backbone.visual), pixels, "", self.resources.batch_size, self.device
+                )
+            with torch.no_grad():
+                anchor_alpha_AC = head(features_AD)
+            graph = self._graph(unit, features_AD, reference_ND)
+            table, _, _ = score_anchors(alpha_NC, anchor_alpha_AC, graph, self._score)
+            samples = read_table(part.file("samples.parquet"), columns=["sample_id", "task"])
+            table = table.select([*SIGNALS, "degree"]).add_column(0, "sample_id", samples["sample_id"])
+            table = table.add_column(1, "task", samples["task"])
+            level = pa.array([part.report["notes"]["level"]] * len(pixels), pa.string())
+            tables.append(table.add_column(2, "level", level))
+            report.rows_in += len(pixels)
+        report.rows_out = report.rows_in
+        scores = pa.concat_tables(tables)
+        write_table(out_dir / "scores.parquet", scores)
+        metrics = detection_metrics(scores)
+        (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        report.metrics = {
+            f"auroc_{signal}/{level}": value
+            for signal, levels in metrics["auroc"].items()
+            for level, value in levels.items()
+            if value is not None
+        }
+        return report
+
+    def _graph(self, unit: Unit, features_AD: Tensor, reference_ND: Tensor) -> Neighbourhoods:
+        """Neighbours in the pool; test images are not part of it."""
+        radius = json.loads(unit.one("index").file("radius.json").read_text(encoding="utf-8"))
+        if radius["mode"] == "adaptive":
+            chosen = adaptive_min_cosine(features_AD, radius["target_degree"], base_MD=reference_ND)
+            return radius_graph(features_AD, chosen, base_MD=reference_ND)
+        index = read_index(unit.one("index").file("index.faiss"))
+        return range_search(index, features_AD.numpy(), radius["min_cosine"])
+
+
+def detection_metrics(scores: pa.Table) -> dict[str, Any]:
+    """AUROC of every signal for clean against each level (isolated images left out), and the isolated share."""
+    frame = scores.to_pandas()
+    clean, levels = frame[frame["level"] == CLEAN], [v for v in frame["level"].unique() if v != CLEAN]
+    found: dict[str, Any] = {"auroc": {}, "isolated": {}}
+    for signal in SIGNALS:
+        found["auroc"][signal] = {}
+        for level in levels:
+            shifted = frame[frame["level"] == level]
+            values = np.concatenate([clean[signal].to_numpy(), shifted[signal].to_numpy()]).astype(np.float64)
+            corrupted = np.concatenate([np.zeros(len(clean), bool), np.ones(len(shifted), bool)])
+            there = np.isfinite(values)
+            both = len(set(corrupted[there])) == 2
+            found["auroc"][signal][level] = (
+                auroc(torch.from_numpy(values[there]), torch.from_numpy(corrupted[there])) if both else None
+            )
+    for level in (CLEAN, *levels):
+        own = frame[frame["level"] == level]
+        found["isolated"][level] = float((own["degree"] == 0).mean())
+    return found

@@ -1,0 +1,96 @@
+"""embed: features and pooled tokens of the unlabelled images under the pretrained backbone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.config import Spec
+from pipeline.formats.tables import read_table, write_table
+from pipeline.formats.vectors import write_vectors
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.stages.images import ShardImages
+from pipeline.stages.models import open_backbone
+from pipeline.stages.shard import of_split, rejects_table
+from pipeline.store import Artefact
+
+
+class EmbedSpec(Spec):
+    """Nothing to choose: what is embedded is the backbone's business."""
+
+
+class Embed(Stage):
+    """Embeds every train shard; from here on nothing that fits sees a label."""
+
+    name: ClassVar[str] = "embed"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("shard", "base")
+    what: ClassVar[str] = "embed the auxiliary images with the pretrained backbone"
+    spec: EmbedSpec
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit a train shard, told which of its images other shards of the task have already."""
+        seen = repeated(inputs["shard"])
+        return [
+            Unit(shard.unit, inputs=(shard, *inputs["base"]), settings={"repeated": seen[shard.unit]})
+            for shard in of_split(inputs["shard"], "train")
+        ]
+
+    def setup(self, unit: Unit) -> None:
+        """Load the pretrained backbone."""
+        self._backbone = open_backbone(unit.one("base"))
+        self._backbone.model.to(self.device)
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write `features.npy`, `tokens.npy`, `samples.parquet` (row, sample_id, task) and `rejects.parquet`."""
+        shard = unit.one("shard")
+        repeated_ids = set(unit.settings["repeated"])
+        samples = read_table(shard.file("samples.parquet"), columns=["sample_id", "task", "source"])
+        report = StageReport(rows_in=len(samples), rows_out=0)
+        with report.span("decode"):
+            images = ShardImages.read(shard, self._backbone, without=repeated_ids)
+        features, tokens = [], []
+        with report.span("forward_backward"), torch.inference_mode():
+            for start in range(0, len(images.sample_ids), self.resources.batch_size):
+                pixels = images.pixels[start : start + self.resources.batch_size]
+                feature, token = self._backbone.tokens(self._backbone.normalise(pixels.to(self.device)))
+                features.append(feature.float().cpu().numpy())
+                tokens.append(token.float().cpu().numpy())
+        backbone = self._backbone
+        empty = (np.zeros((0, backbone.embed_dim), np.float32), np.zeros((0, backbone.width), np.float32))
+        write_vectors(out_dir / "features.npy", np.concatenate(features) if features else empty[0])
+        write_vectors(out_dir / "tokens.npy", np.concatenate(tokens) if tokens else empty[1])
+        kept = set(images.sample_ids)
+        source = dict(zip(samples["sample_id"].to_pylist(), samples["source"].to_pylist(), strict=True))
+        rejects = [
+            (source[name], "in another shard of the task" if name in repeated_ids else images.faults[name])
+            for name in source
+            if name not in kept
+        ]
+        task = shard.report["notes"]["task"]
+        table = {
+            "row": pa.array(range(len(kept)), pa.int64()),
+            "sample_id": pa.array(images.sample_ids, pa.string()),
+            "task": pa.array([task] * len(kept), pa.string()),
+        }
+        write_table(out_dir / "samples.parquet", pa.table(table))
+        write_table(out_dir / "rejects.parquet", rejects_table(rejects))
+        report.rows_out, report.rejected = len(kept), len(rejects)
+        return report
+
+
+def repeated(shards: Sequence[Artefact]) -> dict[str, list[str]]:
+    """{shard: sample ids that another shard of its task has}, test shards first, then in order.
+
+    An image that is in test and train is left out of train, so that no method is fitted on what it is judged by.
+    """
+    first: dict[tuple[str, str], str] = {}
+    found: dict[str, list[str]] = {}
+    for shard in (*of_split(shards, "test"), *of_split(shards, "train")):
+        task = shard.report["notes"]["task"]
+        ids = read_table(shard.file("samples.parquet"), columns=["sample_id"])["sample_id"].to_pylist()
+        found[shard.unit] = [name for name in ids if first.setdefault((task, name), shard.unit) != shard.unit]
+    return found

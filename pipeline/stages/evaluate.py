@@ -1,0 +1,198 @@
+"""evaluate: every model on every task at every level, with the task known and with nobody telling it.
+
+Shape letters: B images, C classes, L unified classes, G layer groups, K experts.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from bd_core.label_space import LabelSpace
+from bd_core.metrics import (
+    accuracy,
+    area_under_risk_coverage,
+    expected_calibration_error,
+    relative_drop,
+    reliability_bins,
+)
+from pipeline.config import Spec
+from pipeline.formats.tables import read_table, write_table
+from pipeline.formats.vectors import read_vectors
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.stages.corrupt import CLEAN
+from pipeline.stages.fit_head import class_heads, label_space, unified_heads
+from pipeline.stages.merged_files import Merged, open_merged
+from pipeline.stages.models import open_backbone
+from pipeline.stages.predictors import features_of
+from pipeline.store import Artefact
+
+
+class EvaluateSpec(Spec):
+    """How predictions are judged."""
+
+    bins: int = 15
+    protocols: tuple[str, ...] = ("task_known", "task_free")
+
+
+class Evaluate(Stage):
+    """Measures one model a unit: the references, every competitor, and BD-Merging."""
+
+    name: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("base", "experts", "export", "corrupt", "fit_head")
+    what: ClassVar[str] = "evaluate every model, clean and corrupted"
+    spec: EvaluateSpec
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit a model."""
+        shared = (*inputs["base"], *inputs["corrupt"])
+        union = json.loads(inputs["fit_head"][0].file("config.json").read_text(encoding="utf-8"))["label_union"]
+        references = {
+            "pretrained": shared,
+            "experts": (*shared, *inputs["experts"]),
+        }
+        units = [Unit(name, inputs=given, settings={"label_union": union}) for name, given in references.items()]
+        return units + [
+            Unit(model.unit, inputs=(*shared, model), settings={"label_union": union}) for model in inputs["export"]
+        ]
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write `metrics.json` and `predictions.parquet`."""
+        base = unit.one("base")
+        backbone = open_backbone(base)
+        backbone.model.to(self.device)
+        merged = open_merged(unit, backbone, self.device)
+        space = label_space(base, unit.settings["label_union"])
+        heads = {task: head.float() for task, head in class_heads(base).items()}
+        judge = _Judge(self.spec, merged, heads, unified_heads(base, space), space, backbone.logit_scale)
+        report = StageReport(rows_in=0, rows_out=0)
+        for part in unit.of("corrupt"):
+            pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
+            with report.span("forward_backward"):
+                features, weights = features_of(
+                    merged.predictor, pixels, part.report["notes"]["task"], self.resources.batch_size, self.device
+                )
+            judge.add(part, features, weights)
+            report.rows_in += len(pixels)
+        report.rows_out = report.rows_in
+        metrics = judge.metrics(unit.id)
+        (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_table(out_dir / "predictions.parquet", judge.predictions())
+        means = metrics["protocols"]["task_known"]
+        report.metrics = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
+        return report
+
+
+class _Judge:
+    """Collects predictions and turns them into the metrics file."""
+
+    def __init__(
+        self,
+        spec: EvaluateSpec,
+        merged: Merged,
+        heads: Mapping[str, Tensor],
+        unified_LD: Tensor,
+        space: LabelSpace,
+        logit_scale: float,
+    ) -> None:
+        self._spec, self._merged, self._heads, self._space = spec, merged, heads, space
+        self._unified_LD, self._scale = unified_LD, logit_scale
+        self._tables: list[pa.Table] = []
+        self._weights: dict[tuple[str, str], list[Tensor]] = {}
+        self._levels: list[str] = []
+
+    def add(self, part: Artefact, features_BD: Tensor, weights_BGK: Tensor | None) -> None:
+        """Judge the images of one corrupt unit."""
+        task, level = part.report["notes"]["task"], part.report["notes"]["level"]
+        samples = read_table(part.file("samples.parquet"), columns=["sample_id", "label"])
+        labels = torch.tensor([-1 if label is None else label for label in samples["label"].to_pylist()])
+        known = (self._scale * features_BD @ self._heads[task].T).softmax(-1)
+        free = (self._scale * features_BD @ self._unified_LD.T).softmax(-1)
+        unified = torch.tensor((*self._space.maps[task], -1))[labels]
+        routed = self._merged.routed and weights_BGK is not None
+        if weights_BGK is not None:
+            self._weights.setdefault((level, task), []).append(weights_BGK)
+        flat = [None] * len(labels) if not routed else weights_BGK.flatten(1).tolist()  # type: ignore[union-attr]
+        if level not in self._levels:
+            self._levels.append(level)
+        self._tables.append(
+            pa.table(
+                {
+                    "sample_id": samples["sample_id"],
+                    "task": pa.array([task] * len(labels), pa.string()),
+                    "level": pa.array([level] * len(labels), pa.string()),
+                    "label": pa.array(labels.numpy(), pa.int32()),
+                    "prediction": pa.array(known.argmax(-1).numpy(), pa.int32()),
+                    "confidence": pa.array(known.amax(-1).numpy(), pa.float32()),
+                    "label_free": pa.array(unified.numpy(), pa.int32()),
+                    "prediction_free": pa.array(free.argmax(-1).numpy(), pa.int32()),
+                    "confidence_free": pa.array(free.amax(-1).numpy(), pa.float32()),
+                    "weights": pa.array(flat, pa.list_(pa.float32())),
+                }
+            )
+        )
+
+    def predictions(self) -> pa.Table:
+        """One row an image and level."""
+        return pa.concat_tables(self._tables)
+
+    def metrics(self, model: str) -> dict[str, Any]:
+        """The content of `metrics.json`."""
+        columns = self.predictions().to_pandas()
+        columns = columns[columns["label"] >= 0]
+        protocols: dict[str, Any] = {"task_known": self._protocol(columns, "")}
+        protocols["task_free"] = None if model == "experts" else self._protocol(columns, "_free")
+        return {
+            "model": model,
+            "title": self._merged.title,
+            "tasks": list(self._heads),
+            "levels": self._levels,
+            "protocols": protocols,
+            "reliability": {level: self._reliability(columns[columns["level"] == level]) for level in self._levels},
+            "router": self._router(),
+            "cost": self._merged.cost,
+        }
+
+    def _protocol(self, columns: Any, suffix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for level in self._levels:
+            tasks = {}
+            for task in self._heads:
+                own = columns[(columns["level"] == level) & (columns["task"] == task)]
+                tasks[task] = {"n": len(own), **self._scores(own, suffix)}
+            mean = {name: float(np.mean([t[name] for t in tasks.values()])) for name in ("accuracy", "ece", "aurc")}
+            clean = found[CLEAN]["mean"]["accuracy"] if found else mean["accuracy"]
+            mean["relative_drop"] = relative_drop(clean, mean["accuracy"]) if clean else 0.0
+            found[level] = {"tasks": tasks, "mean": mean}
+        return found
+
+    def _scores(self, own: Any, suffix: str) -> dict[str, float]:
+        prediction, label = (torch.tensor(own[f"{name}{suffix}"].to_numpy()) for name in ("prediction", "label"))
+        confidence, correct = torch.tensor(own[f"confidence{suffix}"].to_numpy()), prediction == label
+        return {
+            "accuracy": accuracy(prediction, label),
+            "ece": expected_calibration_error(confidence, correct, bins=self._spec.bins),
+            "aurc": area_under_risk_coverage(confidence, correct),
+        }
+
+    def _reliability(self, own: Any) -> dict[str, list[float]]:
+        correct = torch.tensor((own["prediction"] == own["label"]).to_numpy())
+        bins = reliability_bins(torch.tensor(own["confidence"].to_numpy()), correct, bins=self._spec.bins)
+        return {name: getattr(bins, name).tolist() for name in ("confidence", "accuracy", "count")}
+
+    def _router(self) -> dict[str, Any] | None:
+        if not self._weights:
+            return None
+        mean = {
+            level: {task: torch.cat(self._weights[level, task]).mean(0).tolist() for task in self._heads}
+            for level in self._levels
+        }
+        return {"groups": self._merged.groups, "experts": self._merged.experts, "mean_weights": mean}
+
+

@@ -1,0 +1,56 @@
+"""The committed base and experts, opened: what every stage that runs a model begins with."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bd_core.layer_groups import LayerGroups, layer_groups
+from pipeline.backbones.open_clip import Backbone, load_backbone
+from pipeline.store import Artefact
+
+VISUAL = "visual.safetensors"
+
+
+def open_backbone(base: Artefact) -> Backbone:
+    """The backbone theta_0 that the base unit holds."""
+    model = json.loads(base.file("backbone.json").read_text(encoding="utf-8"))["model"]
+    place = base.file(model) if model.endswith(".json") else model
+    return load_backbone(place, load_file(base.file("model.safetensors")))
+
+
+def visual_state(base: Artefact) -> dict[str, Tensor]:
+    """theta_0 of the image tower, names without `visual.`."""
+    full = load_file(base.file("model.safetensors"))
+    return {name.removeprefix("visual."): value for name, value in full.items() if name.startswith("visual.")}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """theta_0 and theta_1 .. theta_K of the image tower, in the order of the tasks."""
+
+    base_state: dict[str, Tensor]
+    states: list[dict[str, Tensor]]
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, artefacts: Sequence[Artefact]) -> Self:
+        """The experts among `artefacts`, beside the base among them."""
+        base = next(artefact for artefact in artefacts if artefact.stage == "base")
+        experts = {artefact.unit: artefact for artefact in artefacts if artefact.stage == "experts"}
+        tasks = tuple(json.loads(base.file("classes.json").read_text(encoding="utf-8")))
+        return cls(visual_state(base), [load_file(experts[task].file(VISUAL)) for task in tasks], tasks)
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.states)
+
+    @property
+    def groups(self) -> LayerGroups:
+        """The layer groups of the image tower."""
+        return layer_groups(self.base_state)
+

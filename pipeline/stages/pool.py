@@ -1,0 +1,56 @@
+"""The auxiliary pool: what `embed` made of the unlabelled images, as one set of rows.
+
+Global row = position over the embed units in order of their ids. Shape letters: N rows, D feature width, W token width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.formats.tables import read_table
+from pipeline.formats.vectors import read_vectors
+from pipeline.store import Artefact
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The embed units and where each one's rows begin."""
+
+    units: tuple[Artefact, ...]
+    first_row: tuple[int, ...]
+    n_rows: int
+
+    @classmethod
+    def of(cls, artefacts: Sequence[Artefact]) -> "Pool":
+        """The pool of `artefacts` (embed units); no vector is read."""
+        units = tuple(sorted((a for a in artefacts if a.stage == "embed"), key=lambda artefact: artefact.unit))
+        counts = [int(artefact.report["rows_out"]) for artefact in units]
+        if not sum(counts):
+            raise DataError("no image of the auxiliary data could be embedded; see the rejects of the shard stage")
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        return cls(units, tuple(int(start) for start in starts[:-1]), int(starts[-1]))
+
+    def rows_of(self, unit: str) -> range:
+        """The global rows of the embed unit with this id."""
+        place = [artefact.unit for artefact in self.units].index(unit)
+        return range(self.first_row[place], (*self.first_row, self.n_rows)[place + 1])
+
+    def features(self) -> Tensor:
+        """float32 [N, D], L2-normalised."""
+        return self._vectors("features.npy")
+
+    def tokens(self) -> Tensor:
+        """float32 [N, W]: the pooled token embeddings."""
+        return self._vectors("tokens.npy")
+
+    def tasks(self) -> list[str]:
+        """The task of every row."""
+        return [task for unit in self.units for task in read_table(unit.file("samples.parquet"))["task"].to_pylist()]
+
+    def _vectors(self, name: str) -> Tensor:
+        parts = [read_vectors(unit.file(name)) for unit in self.units]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False))

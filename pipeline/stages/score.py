@@ -1,0 +1,109 @@
+"""score: evidence, uncertainty and the Adjacency Discrepancy Score of every edge, shard by shard.
+
+Shape letters: A anchors (rows of the shard), N rows of the pool, C classes, E edges.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bd_core.dirichlet import iec, opinion
+from bd_core.discrepancy import adjacency_discrepancy, divergence, negative_sharpness_share, sharpness
+from bd_core.neighbourhood import Neighbourhoods
+from pipeline.config import Spec
+from pipeline.errors import ConfigError
+from pipeline.formats.tables import write_table
+from pipeline.formats.vectors import write_vectors
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.stages.fit_head import load_head
+from pipeline.stages.neighbour_files import read_neighbourhoods
+from pipeline.stages.pool import Pool
+
+Factor = Literal["sharpness", "divergence", "conflict"]
+
+
+class ScoreSpec(Spec):
+    """The form of the ADS. `paper` inverts positives and negatives where Sharp < 0; `positive` is ours."""
+
+    sharpness: Literal["paper", "positive"] = "positive"
+    factors: tuple[Factor, ...] = Field(
+        default=("sharpness", "divergence", "conflict"), description="leave one out for an ablation"
+    )
+    max_negative_sharpness: float = Field(
+        default=0.05, ge=0, le=1, description="with `paper`: refuse when more anchors than this have Sharp < 0; ours"
+    )
+
+
+class Score(Stage):
+    """Scores every edge of one shard's neighbourhoods."""
+
+    name: ClassVar[str] = "score"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("embed", "fit_head", "neighbours")
+    what: ClassVar[str] = "score uncertainty and adjacency discrepancy"
+    spec: ScoreSpec
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit for each neighbours unit."""
+        return [
+            Unit(part.unit, inputs=(*inputs["embed"], *inputs["fit_head"], part)) for part in inputs["neighbours"]
+        ]
+
+    def setup(self, unit: Unit) -> None:
+        """Evidence of the whole pool, once."""
+        self._pool = Pool.of(unit.inputs)
+        head, _ = load_head(unit.one("fit_head"))
+        with torch.no_grad():
+            self._alpha_NC = head(self._pool.features())
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write `scores.parquet` (a row an image) and `ads.npy` (a value an edge)."""
+        part = unit.one("neighbours")
+        rows = self._pool.rows_of(part.unit)
+        graph = read_neighbourhoods(part.path)
+        report = StageReport(rows_in=len(rows), rows_out=len(rows))
+        with report.span("score"):
+            table, ads_E, negative_share = score_anchors(
+                self._alpha_NC, self._alpha_NC[rows.start : rows.stop], graph, self.spec
+            )
+        if self.spec.sharpness == "paper" and negative_share > self.spec.max_negative_sharpness:
+            raise ConfigError(
+                f"score.sharpness=paper: Sharp < 0 for {negative_share:.1%} of the anchors of {part.unit}, above "
+                f"score.max_negative_sharpness {self.spec.max_negative_sharpness:.1%}; with it positives and negatives "
+                "swap: use score.sharpness=positive, or lower fit_head.initial_confidence"
+            )
+        report.metrics = {"edges": float(len(ads_E)), "negative_sharpness_share": negative_share}
+        write_table(out_dir / "scores.parquet", table.add_column(0, "row", pa.array(list(rows), pa.int64())))
+        write_vectors(out_dir / "ads.npy", ads_E.numpy())
+        return report
+
+
+def score_anchors(
+    alpha_NC: Tensor, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
+) -> tuple[pa.Table, Tensor, float]:
+    """A table (u, iec, sharpness, divergence, mean_ads, degree) of the anchors, ADS [E], and the share with Sharp < 0.
+
+    Isolated anchors have no sharpness, divergence or ADS: null, never zero.
+    """
+    ads_E = adjacency_discrepancy(
+        alpha_NC, graph, sharpness=spec.sharpness, anchor_alpha=anchor_alpha_AC, factors=spec.factors
+    )
+    sharp_A = sharpness(alpha_NC, graph, form=spec.sharpness)
+    degree_A = graph.degree
+    summed_A = torch.zeros(len(degree_A), dtype=ads_E.dtype).index_add_(0, graph.anchors(), ads_E)
+    columns = {
+        "u": opinion(anchor_alpha_AC).uncertainty,
+        "iec": iec(anchor_alpha_AC),
+        "sharpness": sharp_A,
+        "divergence": divergence(alpha_NC, graph, anchor_alpha=anchor_alpha_AC),
+        "mean_ads": torch.where(degree_A > 0, summed_A / degree_A, torch.nan),
+    }
+    table = pa.table(
+        {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in columns.items()}
+        | {"degree": pa.array(degree_A.numpy(), pa.int64())}
+    )
+    return table, ads_E.float(), negative_sharpness_share(sharp_A)

@@ -1,0 +1,161 @@
+"""shard: sources of any kind become webdataset tars of verified images, with what is known of each beside them."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import json
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.config import Resources, Spec
+from pipeline.data.images import MAX_PIXELS, ImageFacts, inspect_image
+from pipeline.data.items import Block, Item, Reject
+from pipeline.data.source import Source
+from pipeline.data.sources import AnySource
+from pipeline.errors import DataError
+from pipeline.formats.shards import Sample, write_shard
+from pipeline.formats.tables import write_table
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.store import Artefact
+
+SAMPLE_ID_CHARS = 16
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
+
+class TaskSpec(Spec):
+    """One task: its images, and the prompts that make its zero-shot head."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,30}$")
+    source: AnySource
+    templates: tuple[str, ...] = Field(default=DEFAULT_TEMPLATES, min_length=1, description="{} is the class name")
+
+
+class ShardSpec(Spec):
+    """How images are cut into shards and what is refused."""
+
+    images_per_shard: int = Field(default=2048, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="a larger image is a reject, judged on its header")
+
+
+class Shard(Stage):
+    """Reads every source once. Bad images are counted rejects with a reason, never lost and never fatal."""
+
+    name: ClassVar[str] = "shard"
+    version: ClassVar[int] = 1
+    what: ClassVar[str] = "verify images and pack them into webdataset shards"
+    spec: ShardSpec
+
+    def __init__(self, spec: ShardSpec, tasks: Sequence[TaskSpec], resources: Resources) -> None:
+        super().__init__(spec, resources)
+        self._tasks = tuple(tasks)
+
+    def check(self) -> None:
+        """Every source is there, has class names and has images."""
+        self.units({})
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit a block of a source, such as `mnist-train-00000`."""
+        return [
+            Unit(
+                f"{task.name}-{block.id}",
+                settings={"task": task.name, "classes": list(task.source.classes()), **block.settings},
+                payload=(task.source, block),
+            )
+            for task in self._tasks
+            for block in task.source.blocks(self.spec.images_per_shard)
+        ]
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write `images.tar`, `samples.parquet`, `classes.json` and `rejects.parquet`; rows sorted by sample_id."""
+        source: Source
+        block: Block
+        source, block = unit.payload
+        task, classes = unit.settings["task"], unit.settings["classes"]
+        report = StageReport(0, 0, notes={"task": task, "split": block.split})
+        kept: dict[str, tuple[Item, bytes, ImageFacts]] = {}
+        rejects: list[tuple[str, str]] = []
+        with report.span("decode"):
+            for item, data in source.read(block):
+                report.rows_in += 1
+                facts = data if isinstance(data, Reject) else inspect_image(data, self.spec.max_pixels)
+                if isinstance(data, Reject) or isinstance(facts, Reject):
+                    rejects.append((item.reference, facts.reason if isinstance(facts, Reject) else ""))
+                    continue
+                sample_id = hashlib.sha256(data).hexdigest()[:SAMPLE_ID_CHARS]
+                if sample_id in kept:
+                    rejects.append((item.reference, f"duplicate of {kept[sample_id][0].reference}"))
+                    continue
+                kept[sample_id] = (item, data, facts)
+        report.rows_out, report.rejected = len(kept), len(rejects)
+        report.notes["rejects"] = _counted(reason for _, reason in rejects)
+        write_shard(
+            out_dir / "images.tar",
+            [
+                Sample(sample_id, facts.extension, data, {"task": task, "split": block.split})
+                for sample_id, (_, data, facts) in sorted(kept.items())
+            ],
+        )
+        write_table(out_dir / "samples.parquet", _samples(kept, task, classes, block))
+        write_table(out_dir / "rejects.parquet", rejects_table(rejects))
+        (out_dir / "classes.json").write_text(json.dumps(classes) + "\n", encoding="utf-8")
+        return report
+
+
+def _samples(kept: dict[str, tuple[Item, bytes, ImageFacts]], task: str, classes: list[str], block: Block) -> pa.Table:
+    rows = [(sample_id, *kept[sample_id]) for sample_id in sorted(kept)]
+    unknown = sorted({item.label for _, item, _, _ in rows if item.label is not None} - set(classes))
+    if unknown:
+        raise DataError(f"task {task}: labels {unknown[:3]} are none of its {len(classes)} classes; list them there")
+    index = {name: number for number, name in enumerate(classes)}
+    return pa.table(
+        {
+            "row": pa.array(range(len(rows)), pa.int64()),
+            "sample_id": pa.array([row[0] for row in rows], pa.string()),
+            "task": pa.array([task] * len(rows), pa.string()),
+            "label": pa.array([None if row[1].label is None else index[row[1].label] for row in rows], pa.int32()),
+            "split": pa.array([block.split] * len(rows), pa.string()),
+            "width": pa.array([row[3].width for row in rows], pa.int32()),
+            "height": pa.array([row[3].height for row in rows], pa.int32()),
+            "source": pa.array([row[1].reference for row in rows], pa.string()),
+        }
+    )
+
+
+def rejects_table(rejects: Sequence[tuple[str, str]]) -> pa.Table:
+    """(source, reason) rows as a table, sorted."""
+    ordered = sorted(rejects)
+    return pa.table(
+        {
+            "source": pa.array([source for source, _ in ordered], pa.string()),
+            "reason": pa.array([reason for _, reason in ordered], pa.string()),
+        }
+    )
+
+
+def _counted(reasons: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        kind = reason.split(":")[0].split(" of ")[0]
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def classes_of(shards: Sequence[Artefact]) -> dict[str, tuple[str, ...]]:
+    """{task: class names}, in the tasks' order."""
+    found: dict[str, tuple[str, ...]] = {}
+    for shard in shards:
+        found.setdefault(
+            shard.report["notes"]["task"], tuple(json.loads(shard.file("classes.json").read_text(encoding="utf-8")))
+        )
+    return found
+
+
+def of_split(shards: Sequence[Artefact], split: str, task: str | None = None) -> list[Artefact]:
+    """The shards of one split (and task), in order."""
+    return [
+        shard
+        for shard in shards
+        if shard.report["notes"]["split"] == split and task in (None, shard.report["notes"]["task"])
+    ]
