@@ -1,0 +1,144 @@
+"""Layer-wise AdaMerging: coefficients learned by minimising the entropy of predictions on unlabelled samples.
+
+Legend: N samples, C classes, K experts, P merged tensors ("layers").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from bd_core.task_vectors import TaskVectors, add_task_vectors, task_vectors, widened
+
+__all__ = ["AdaMerging", "adamerging"]
+
+StateDict = Mapping[str, Tensor]
+Logits = Callable[[dict[str, Tensor], Any, str], Tensor]
+# Loss means over the last two windows of this many steps decide whether it has converged (ours).
+WINDOW = 50
+
+
+@dataclass(frozen=True)
+class AdaMerging:
+    """What AdaMerging found: the merged state dict and how it got there.
+
+    `coefficients` [P, K] in the order of `names`; `history` one loss a step (mean entropy over the tasks, in nats);
+    `converged` whether it stopped because the smoothed loss no longer fell.
+    """
+
+    merged: dict[str, Tensor]
+    names: tuple[str, ...]
+    coefficients: Float[Tensor, "P K"]
+    history: tuple[float, ...]
+    converged: bool
+
+
+def adamerging(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    *,
+    logits: Logits,
+    batches: Iterable[Mapping[str, Any]],
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+    initial: float = 0.3,
+    tolerance: float = 1e-3,
+    clamp: bool = True,
+) -> AdaMerging:
+    """theta_0 + sum_k lambda_lk tau_lk per tensor l, lambda minimising sum_tasks mean_n H(softmax(logits)).
+
+    `logits(parameters, batch, task)` -> [N, C] must run the model with exactly these parameters; `batches` yields one
+    {task: unlabelled batch} a step, the same number of samples for each task. Stops after `steps`, when the batches
+    run out, or when the mean loss of the last 50 steps is less than `tolerance` (relative) below that of the 50
+    before; `tolerance=0` trains to the end. `clamp` keeps lambda in [0, 1], as the released code does.
+
+    Source: Yang et al., AdaMerging, ICLR 2024, layer-wise: Adam 1e-3, initial 0.3, 16 samples a task and step, 500
+    steps. The convergence test is ours. Summing all tasks' graphs, as released, needs tens of GB; here the tasks of a
+    step are run one after another on one merged copy, and lambda's gradient is one contraction with its gradient.
+    Memory: K task vectors, one merged copy with its gradient, one task's activations.
+    """
+    if steps < 1:
+        raise ValueError(f"adamerging: steps={steps} must be at least 1")
+    if not tolerance >= 0:
+        raise ValueError(f"adamerging: tolerance={tolerance} must not be negative")
+    vectors = task_vectors(base, experts)
+    raw_PK = torch.full((len(vectors.names), vectors.n_experts), float(initial), requires_grad=True)
+    optimiser = torch.optim.Adam([raw_PK], lr=learning_rate)
+    history: list[float] = []
+    converged = False
+    for batch_of in _limited(batches, steps):
+        merged = _leaves(base, vectors, _clamped(raw_PK.detach(), clamp))
+        history.append(_accumulate(merged, vectors, batch_of, logits))
+        gradient_PK = torch.stack(
+            [_contraction(merged[name].grad, vectors.vectors[name]).to(raw_PK) for name in vectors.names]
+        )
+        if clamp:  # as torch.clamp: no gradient from outside the range
+            gradient_PK *= (raw_PK.detach() >= 0) & (raw_PK.detach() <= 1)
+        raw_PK.grad = gradient_PK
+        optimiser.step()
+        converged = _has_converged(history, tolerance)
+        if converged:
+            break
+    if not history:
+        raise ValueError("adamerging: batches gave no batch; give at least one {task: batch}")
+    found_PK = _clamped(raw_PK.detach(), clamp)
+    coefficients = dict(zip(vectors.names, found_PK, strict=True))
+    return AdaMerging(
+        add_task_vectors(base, vectors, coefficients), vectors.names, found_PK.clone(), tuple(history), converged
+    )
+
+
+def _accumulate(merged: dict[str, Tensor], vectors: TaskVectors, batch_of: Mapping[str, Any], logits: Logits) -> float:
+    """The mean entropy over the tasks; leaves the gradient of their sum in the merged leaves, task after task."""
+    if not batch_of:
+        raise ValueError("adamerging: a step's batches are empty; each must hold one batch a task")
+    total = 0.0
+    for task, batch in batch_of.items():
+        log_p_NC = F.log_softmax(logits(merged, batch, task), dim=-1)
+        entropy = -(log_p_NC.exp() * log_p_NC).sum(-1).mean()
+        value = float(entropy.detach())
+        if value != value:
+            raise ValueError(f"adamerging: the loss of task {task} is NaN; check its logits")
+        entropy.backward()  # type: ignore[no-untyped-call]
+        total += value
+    return total / len(batch_of)
+
+
+def _leaves(base: StateDict, vectors: TaskVectors, coefficients_PK: Tensor) -> dict[str, Tensor]:
+    """The merged model as leaves that collect gradients; what is not merged as it is."""
+    merged = {name: tensor.detach() for name, tensor in vectors.constants.items()}
+    for name, c_K in zip(vectors.names, coefficients_PK, strict=True):
+        stacked = vectors.vectors[name]
+        value = widened(base[name]) + torch.tensordot(c_K.to(stacked), stacked, dims=1)
+        merged[name] = value.to(base[name].dtype).requires_grad_()
+    return {name: merged[name] for name in base}
+
+
+def _contraction(gradient: Tensor | None, stacked: Float[Tensor, "K ..."]) -> Float[Tensor, " K"]:
+    """d loss / d lambda_k = <gradient, tau_k>; zero for a tensor the model never used."""
+    if gradient is None:
+        return stacked.new_zeros(len(stacked))
+    return stacked.flatten(1) @ gradient.to(stacked.dtype).flatten()
+
+
+def _clamped(raw_PK: Tensor, clamp: bool) -> Tensor:
+    return raw_PK.clamp(0.0, 1.0) if clamp else raw_PK
+
+
+def _has_converged(history: Sequence[float], tolerance: float) -> bool:
+    if tolerance == 0 or len(history) < 2 * WINDOW:
+        return False
+    before = sum(history[-2 * WINDOW : -WINDOW]) / WINDOW
+    now = sum(history[-WINDOW:]) / WINDOW
+    return before - now < tolerance * abs(before)
+
+
+def _limited(batches: Iterable[Mapping[str, Any]], steps: int) -> Iterator[Mapping[str, Any]]:
+    """At most `steps` items, without drawing one more from an endless stream."""
+    yield from (batch for _, batch in zip(range(steps), batches, strict=False))
