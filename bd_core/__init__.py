@@ -22,6 +22,8 @@ from bd_core.losses import (
     prediction_entropy,
     unsupervised_loss,
 )
+from bd_core.merged import MergedModel
+from bd_core.methods import METHODS, merge
 from bd_core.metrics import (
     ReliabilityBins,
     accuracy,
@@ -33,16 +35,20 @@ from bd_core.metrics import (
 )
 from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, calibrate_min_cosine, radius_graph
 from bd_core.router import Router
+from bd_core.task_vectors import TaskVectors, task_vectors
 
 __all__ = [
+    "METHODS",
     "Calibration",
     "EvidentialHead",
     "LabelSpace",
+    "MergedModel",
     "Neighbourhoods",
     "Opinion",
     "Pairs",
     "ReliabilityBins",
     "Router",
+    "TaskVectors",
     "accuracy",
     "adaptive_min_cosine",
     "adjacency_discrepancy",
@@ -60,6 +66,7 @@ __all__ = [
     "information_maximisation",
     "inverse_loss",
     "kl_to_uniform",
+    "merge",
     "negative_sharpness_share",
     "opinion",
     "positive_quantile",
@@ -69,6 +76,7 @@ __all__ = [
     "reliability_bins",
     "sharpness",
     "split_pairs",
+    "task_vectors",
     "unify_heads",
     "unify_labels",
     "unsupervised_loss",
