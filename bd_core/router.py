@@ -19,8 +19,12 @@ class Router(nn.Module):
     unless given (ours). The last layer starts small (ours), so that routing starts near uniform. n_groups = 1 is the
     task-wise router, more is layer-wise. `null_expert` (ours) adds an expert with a zero task vector to the softmax
     and drops its weight from the output, so that weights sum to less than 1 and the rest stays with theta_0.
+    Tokens are centred and scaled by `token_mean` and `token_scale`, which `standardise` sets (ours).
     `generator` draws the initial weights; None is a fresh one with seed 0. The global generator is not touched.
     """
+
+    token_mean: Tensor
+    token_scale: Tensor
 
     def __init__(
         self,
@@ -46,6 +50,8 @@ class Router(nn.Module):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.n_tasks, self.n_groups, self.width = n_tasks, n_groups, width
         self.n_experts = n_tasks + int(null_expert)
+        self.register_buffer("token_mean", torch.zeros(width))
+        self.register_buffer("token_scale", torch.ones(()))
         n_out = n_groups * self.n_experts
         last_width = width if kind == "linear" else sizes["hidden"]
         last = _linear(last_width, n_out, 0.01 * last_width**-0.5, generator)
@@ -67,8 +73,18 @@ class Router(nn.Module):
         if not torch.isfinite(tokens_BD).all():
             row = int((~torch.isfinite(tokens_BD).all(dim=1)).nonzero()[0])
             raise ValueError(f"Router: the tokens of row {row} have nan or inf; drop that sample or check the backbone")
-        logits_BGK = self.layers(tokens_BD).unflatten(1, (self.n_groups, self.n_experts))
+        centred_BD = (tokens_BD - self.token_mean) / self.token_scale
+        logits_BGK = self.layers(centred_BD).unflatten(1, (self.n_groups, self.n_experts))
         return torch.softmax(logits_BGK, dim=2)[:, :, : self.n_tasks]
+
+    @torch.no_grad()
+    def standardise(self, tokens_ND: Float[Tensor, "N D"]) -> None:
+        """Centre the router on these tokens and bring them to unit mean square (ours): blocks differ in scale."""
+        centre_D = tokens_ND.mean(dim=0)
+        spread = (tokens_ND - centre_D).square().mean().sqrt()
+        self.token_mean.copy_(centre_D)
+        # Equal tokens have no spread and stay equal whatever they are divided by.
+        self.token_scale.copy_(spread if spread > 0 else torch.ones(()))
 
 
 def _linear(width_in: int, width_out: int, std: float, generator: torch.Generator) -> nn.Linear:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import ConfigError, DataError
@@ -13,6 +15,17 @@ from pipeline.store import Artefact
 
 Artefacts = Mapping[str, Sequence[Artefact]]
 CLEAN = "clean"
+ORDER = (
+    "pretrained",
+    "experts",
+    "weight_average",
+    "task_arithmetic",
+    "ties",
+    "adamerging",
+    "twin_merging",
+    "bd_task",
+    "bd_layer",
+)
 # Where things lie and how they are carried out: they differ between machines and change no number.
 NOT_COMPARED = ("store", "executor", "resources", "tracking", "name")
 
@@ -30,18 +43,16 @@ class RunRow:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One method under one protocol at one level: `accuracy[i]` of run i, None where that run has no such value."""
+    """One method under one protocol: `accuracy[level][i]` of run i, None where that run has no such value."""
 
     title: str
     protocol: str
-    level: str
-    accuracy: tuple[float | None, ...]
+    accuracy: dict[str, tuple[float | None, ...]]
 
-    @property
-    def differences(self) -> tuple[float | None, ...]:
-        """Each run minus the first; None where either is missing."""
-        first = self.accuracy[0]
-        return tuple(None if value is None or first is None else value - first for value in self.accuracy)
+    def difference(self, level: str, run: int) -> float | None:
+        """Run `run` minus the first; None where either is missing."""
+        first, value = self.accuracy[level][0], self.accuracy[level][run]
+        return None if first is None or value is None else value - first
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,9 @@ class Comparison:
 
 
 def run_rows(artefacts: Artefacts) -> list[RunRow]:
-    """A row for each evaluated model and protocol: task known before task free, models in the order pinned."""
+    """A row for each evaluated model and protocol: task known before task free, models in display order."""
     read = [_metrics(unit) for unit in artefacts.get("evaluate", ())]
+    read.sort(key=lambda metrics: display_order(str(metrics["model"])))
     protocols = dict.fromkeys(name for metrics in read for name in metrics["protocols"])
     rows = []
     for protocol in protocols:
@@ -69,6 +81,12 @@ def run_rows(artefacts: Artefacts) -> list[RunRow]:
             title = str(metrics.get("title", metrics["model"]))
             rows.append(RunRow(str(metrics["model"]), title, protocol, accuracy, drop))
     return rows
+
+
+def display_order(model: str) -> tuple[int, str]:
+    """Sort key: references, baselines, ours; a method unknown here stands with the baselines."""
+    place = ORDER.index(model) if model in ORDER else ORDER.index("bd_task") - 1
+    return place, model
 
 
 def compare_runs(runs: Sequence[tuple[RunRecord, Artefacts]]) -> Comparison:
@@ -88,9 +106,9 @@ def compare_runs(runs: Sequence[tuple[RunRecord, Artefacts]]) -> Comparison:
         for key in (key for key in keys if key[0] == protocol):
             found = [table.get(key) for table in tables]
             title = next(row.title for row in found if row is not None)
-            for level in dict.fromkeys(level for row in found if row is not None for level in row.accuracy):
-                values = tuple(row.accuracy.get(level) if row is not None else None for row in found)
-                compared.append(ComparedRow(title, protocol, level, values))
+            levels = dict.fromkeys(level for row in found if row is not None for level in row.accuracy)
+            accuracy = {level: tuple(row.accuracy.get(level) if row else None for row in found) for level in levels}
+            compared.append(ComparedRow(title, protocol, accuracy))
     ids = tuple(record.run_id for record, _ in runs)
     return Comparison(ids, tuple(compared), differing_settings([record.config for record, _ in runs]))
 
@@ -118,40 +136,36 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One table: accuracy in %, difference to the first run in points, and below them the settings that differ."""
+def comparison_table(comparison: Comparison) -> Group:
+    """Two tables: accuracy of each method, a line a run (with the difference to the first), and what differs."""
+    levels = list(dict.fromkeys(level for row in comparison.rows for level in row.accuracy))
     table = Table(title="mean accuracy over the tasks, % (difference to the first run, points)", title_justify="left")
-    for column in ("protocol", "method", "level"):
+    for column in ("protocol", "method", "run"):
         table.add_column(column, overflow="fold")
-    for run_id in comparison.run_ids:
-        table.add_column(run_id, justify="right", overflow="fold")
-    previous = ("", "")
+    for level in levels:
+        table.add_column(escape(level), justify="right")
     for row in comparison.rows:
-        here = (row.protocol, row.title)
-        if previous[0] and here[0] != previous[0]:
-            table.add_section()
-        # A method's name once, over its levels: the eye finds the groups.
-        named = ("", "") if here == previous else (row.protocol.replace("_", "-"), row.title)
-        table.add_row(*named, row.level, *_cells(row))
-        previous = here
-    table.add_section()
+        for index, run_id in enumerate(comparison.run_ids):
+            # The method's name stands once, before its first run: the eye finds the groups.
+            named = ("", "") if index else (row.protocol.replace("_", "-"), row.title)
+            cells = (_cell(row, level, index) for level in levels)
+            table.add_row(*map(escape, (*named, run_id)), *cells, end_section=index == len(comparison.run_ids) - 1)
+    settings = Table(title="settings that differ", title_justify="left")
+    for column in ("key", *comparison.run_ids):
+        settings.add_column(escape(column), overflow="fold")
     for key, values in comparison.settings.items():
-        table.add_row("setting", key, "", *values)
-    if not comparison.settings:
-        table.add_row("setting", "none differs", "", *("" for _ in comparison.run_ids))
-    return table
+        settings.add_row(*map(escape, (key, *values)))
+    return Group(table, settings if comparison.settings else "no setting differs")
 
 
-def _cells(row: ComparedRow) -> list[str]:
-    cells = []
-    for index, (value, difference) in enumerate(zip(row.accuracy, row.differences, strict=True)):
-        if value is None:
-            cells.append("–")
-        elif index == 0 or difference is None:
-            cells.append(f"{100 * value:.1f}")
-        else:
-            cells.append(f"{100 * value:.1f} ({100 * difference:+.1f})")
-    return cells
+def _cell(row: ComparedRow, level: str, run: int) -> str:
+    value = row.accuracy.get(level, (None,) * (run + 1))[run]
+    if value is None:
+        return "–"
+    difference = row.difference(level, run) if run else None
+    return (
+        f"{100 * value:.1f}" if difference is None else f"{100 * value:.1f} ({round(100 * difference, 1) + 0.0:+.1f})"
+    )
 
 
 def _metrics(unit: Artefact) -> dict[str, Any]:

@@ -184,7 +184,7 @@ class Workflow:
             Export(config.export, self._resources("export"), seed),
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),
             Evaluate(config.evaluate, self._resources("evaluate")),
-            Detect(config.detect, self._resources("detect")),
+            Detect(config.detect, config.score, self._resources("detect")),
             Report(config.report, self._resources("report"), timing=self.timing),
         ]
 

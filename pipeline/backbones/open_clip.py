@@ -76,6 +76,11 @@ class Backbone:
         mean, std = (torch.tensor(self.preprocess[key], device=pixels.device)[:, None, None] for key in ("mean", "std"))
         return scaled.sub_(mean).div_(std)
 
+    def tokenise(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [B, context] of `texts`, on the model's device."""
+        ids: Tensor = self._tokenizer(list(texts))
+        return ids.to(self.model.get_parameter("logit_scale").device)
+
     @torch.no_grad()
     def class_heads(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Zero-shot heads [C,D]: L2-normalised mean of the normalised text embeddings of every filled template."""
@@ -85,10 +90,9 @@ class Backbone:
         if broken or not templates:
             raise ConfigError(f"prompt templates {list(templates)!r} must each hold {{}} for the class name")
         model: Any = self.model
-        device = model.logit_scale.device
         heads = []
         for name in class_names:
-            texts = self._tokenizer([template.format(name) for template in templates]).to(device)
+            texts = self.tokenise([template.format(name) for template in templates])
             heads.append(nn.functional.normalize(model.encode_text(texts, normalize=True).mean(dim=0), dim=-1))
         return torch.stack(heads)
 
@@ -100,7 +104,7 @@ def load_backbone(model_config: str | Path, state: Mapping[str, Tensor] | None =
     the whole model. Raises ConfigError for a model that cannot be built here, DataError for a state that does not fit.
     """
     import open_clip
-    from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     name, config, preprocess = read_model_config(model_config)
     # The global generator is the only one open_clip's constructors know: seed it inside a fork and leave it as it was.
@@ -117,7 +121,6 @@ def load_backbone(model_config: str | Path, state: Mapping[str, Tensor] | None =
     if state is not None:
         _fill(model, state, name)
     settings = merge_preprocess_dict(PreprocessCfg(size=config["vision_cfg"].get("image_size", 224)), preprocess)
-    transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     side = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
     context = config["text_cfg"].get("context_length", 77)
     return Backbone(
@@ -128,9 +131,17 @@ def load_backbone(model_config: str | Path, state: Mapping[str, Tensor] | None =
         input_size=side,
         preprocess=json.loads(json.dumps(settings)),
         weights_sha256=state_sha256(model.state_dict()),
-        _resize=type(transform)(transform.transforms[:-2]),  # without ToTensor and Normalize: `normalise` does both
+        _resize=input_transform(settings),
         _tokenizer=open_clip.SimpleTokenizer(context_length=context),
     )
+
+
+def input_transform(preprocess: Mapping[str, Any]) -> Any:
+    """What brings an image to the model's input size (PIL in, PIL out): open_clip's eval transform, its first half."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    return type(transform)(transform.transforms[:-2])  # without ToTensor and Normalize: `normalise` does both
 
 
 def read_model_config(model_config: str | Path) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -49,6 +49,8 @@ def to_open_clip(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
     CLIPModel and CLIPVisionModel. `place` names the file in errors. Raises DataError for names that are none of these.
     """
     bare = _unwrapped(state)
+    if "embeddings.patch_embedding.weight" in bare:  # CLIPVisionModel as of transformers 5
+        bare = {f"vision_model.{name}": value for name, value in bare.items()}
     if any(name.startswith("vision_model.") for name in bare):
         return _from_hugging_face(bare, place)
     if any(name.startswith(VISUAL) for name in bare):

@@ -54,7 +54,12 @@ def build_report(artefacts: Mapping[str, Sequence[Artefact]], run: Mapping[str, 
 
 
 def _sections(
-    parts: Parts, run: Mapping[str, Any], results: Results, predictions: Predictions, gallery: Gallery, numbers: Numbers
+    parts: Parts,
+    run: Mapping[str, Any],
+    results: Results,
+    predictions: Mapping[str, Predictions],
+    gallery: Gallery,
+    numbers: Numbers,
 ) -> list[Section]:
     has_results = bool(results.models)
     nothing = note("No model was evaluated in this run.")
@@ -101,7 +106,7 @@ def _sections(
             "calibration",
             "Calibration",
             "Whether confidence means what it says.",
-            calibration.section(results, predictions, gallery, numbers),
+            calibration.section(results, predictions["task_known"], gallery, numbers),
         ),
         Section("losses", "Loss curves", "Everything that was fitted.", losses.section(parts, gallery, numbers)),
         Section("timing", "Time and size", "", timing.section(run, gallery, numbers)),

@@ -1,5 +1,6 @@
 """What won, by how much, and how sure that is: the sentences at the head of the report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.reporting.predictions import Predictions, paired_difference
@@ -26,7 +27,7 @@ class Verdict:
         return abs(self.margin) > 2 * self.margin_se
 
 
-def verdict(results: Results, predictions: Predictions, protocol: str) -> Verdict | None:
+def verdict(results: Results, predictions: Mapping[str, Predictions], protocol: str) -> Verdict | None:
     """Best form of BD-Merging against the best other method, by mean accuracy over the corrupted levels.
 
     Without a form of ours, or without a rival, the two best methods are compared. None without any result.
@@ -43,7 +44,7 @@ def verdict(results: Results, predictions: Predictions, protocol: str) -> Verdic
         return Verdict(protocol, winner, ours, None, None, None, 0)
     a, b = left.corrupted(protocol), rival.corrupted(protocol)
     assert a is not None and b is not None
-    paired = paired_difference(predictions, left.name, rival.name) if protocol == "task_known" else None
+    paired = paired_difference(predictions.get(protocol, {}), left.name, rival.name)
     return Verdict(
         protocol, winner, ours, rival, a - b, paired.standard_error if paired else None, paired.n if paired else 0
     )

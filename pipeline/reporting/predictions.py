@@ -1,10 +1,11 @@
-"""Per-image outcomes: predictions joined with labels, paired differences, and the risk at each coverage.
+"""Per-image outcomes: which predictions were right, paired differences, and the risk at each coverage.
 
 Labels are read here and in `pairs` only to judge what was fitted without them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,16 @@ Names = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One model's labelled test images, one row for each image and level: task, level, image id, confidence, hit."""
+    """One model's labelled test images, one row for each image, level and corruption; `image` holds its task."""
 
     image: Names
-    task: Names
     level: Names
     confidence: Floats
     correct: Floats
 
 
 Predictions = Mapping[str, Outcomes]
+SUFFIXES = {"task_known": "", "task_free": "_free"}
 
 
 def image_keys(table: pa.Table) -> pa.Array:
@@ -50,30 +51,32 @@ def labels_by_image(parts: Parts) -> tuple[pa.Array, Floats]:
     return image_keys(table), numbers_of(table, "label")
 
 
-def read_predictions(parts: Parts) -> Predictions:
-    """Outcomes of every model whose predictions can be matched with labels; a model without any is left out."""
-    keys, labels = labels_by_image(parts)
-    found: dict[str, Outcomes] = {}
-    for unit in parts.units("evaluate"):
-        path = unit.path / "predictions.parquet"
-        if not path.is_file() or len(labels) == 0:
-            continue
-        table = read_table(path, ("sample_id", "task", "level", "prediction", "confidence"))
-        identity = image_keys(table)
-        place = pc.index_in(identity, value_set=keys)
-        known = np.asarray(pc.is_valid(place).to_numpy(zero_copy_only=False), dtype=bool)
-        if not known.any():
-            continue
-        truth = labels[np.asarray(pc.fill_null(place, 0).to_numpy(zero_copy_only=False), dtype=np.int64)]
-        prediction = numbers_of(table, "prediction")
-        found[unit.unit] = Outcomes(
-            image=np.asarray(identity.to_pylist(), dtype=object)[known],
-            task=np.asarray(table.column("task").to_pylist(), dtype=object)[known],
-            level=np.asarray(table.column("level").to_pylist(), dtype=object)[known],
-            confidence=numbers_of(table, "confidence")[known],
-            correct=(prediction == truth).astype(np.float64)[known],
-        )
+def read_predictions(parts: Parts) -> dict[str, Predictions]:
+    """{protocol: {model: outcomes}} of every model with labelled predictions; the others are left out."""
+    found: dict[str, Predictions] = {}
+    for protocol, suffix in SUFFIXES.items():
+        models = {}
+        for unit in parts.units("evaluate"):
+            path = unit.file("predictions.parquet")
+            if path.is_file():
+                outcomes = _outcomes(path, suffix)
+                if len(outcomes.image):
+                    models[unit.unit] = outcomes
+        found[protocol] = models
     return found
+
+
+def _outcomes(path: Path, suffix: str) -> Outcomes:
+    answer = [f"{name}{suffix}" for name in ("label", "prediction", "confidence")]
+    table = read_table(path, ("sample_id", "task", "level", *answer))
+    label, prediction, confidence = (numbers_of(table, name) for name in answer)
+    known = label >= 0
+    return Outcomes(
+        image=np.asarray(image_keys(table).to_pylist(), dtype=object)[known],
+        level=np.asarray(table.column("level").to_pylist(), dtype=object)[known],
+        confidence=confidence[known],
+        correct=(prediction == label).astype(np.float64)[known],
+    )
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.compare import display_order
 from pipeline.reporting.parts import Parts, read_json, reference
 
 REFERENCES = ("pretrained", "experts")
-ORDER = (
-    *REFERENCES,
-    "weight_average",
-    "task_arithmetic",
-    "ties",
-    "adamerging",
-    "twin_merging",
-    "bd_task",
-    "bd_layer",
-)
 PROTOCOLS = {"task_known": "task known", "task_free": "task free"}
 CLEAN = "clean"
 
@@ -122,9 +113,7 @@ def read_results(parts: Parts) -> Results:
                 reference=reference(unit),
             )
         )
-    place = {name: index for index, name in enumerate(ORDER)}
-    # A method this file does not know stands with the baselines, before ours.
-    return Results(tuple(sorted(models, key=lambda m: (place.get(m.name, place["bd_task"] - 0.5), m.name))))
+    return Results(tuple(sorted(models, key=lambda model: display_order(model.name))))
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.compare import flatten
 from pipeline.reporting.markup import Html, details, join, note, table, tag
 from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.parts import Parts, numbers_of, read_json, read_table, reference, title_of
@@ -42,9 +43,11 @@ def _radius(parts: Parts, numbers: Numbers) -> list[Row]:
     rows: list[Row] = [("radius", str(data.get("mode", "–")), where)]
     labels = {
         "min_cosine": "least cosine of an edge",
-        "target_degree": "target degree (adaptive radius only)",
+        "target_degree": "target degree",
         "isolated_share_sample": "isolated share, calibration sample",
     }
+    if data.get("mode") != "adaptive":
+        del labels["target_degree"]
     return rows + _known(data, labels, "radius", where, numbers)
 
 
@@ -114,12 +117,12 @@ def _counts(parts: Parts, numbers: Numbers) -> Html:
 
 def _rejects(parts: Parts, numbers: Numbers) -> Html:
     reasons: Counter[tuple[str, str]] = Counter()
-    for stage in ("shard", "embed"):
+    for stage in parts.by_stage:
         for unit in parts.units(stage):
             path = unit.path / "rejects.parquet"
             if path.is_file():
                 for reason in read_table(path, ("reason",)).column("reason").to_pylist():
-                    reasons[stage, str(reason)] += 1
+                    reasons[stage, reject_kind(str(reason))] += 1
     if not reasons:
         return note("No input was rejected.")
     for (stage, reason), count in reasons.items():
@@ -136,7 +139,7 @@ def _versions(run: Mapping[str, Any]) -> Html:
     rows: list[Sequence[object]] = []
     git = run.get("git")
     if git:
-        rows.append(("git", flat_text(git)))
+        rows.append(("git", str(git)))
     if isinstance(versions, Mapping):
         rows += [(name, str(value)) for name, value in sorted(versions.items())]
     return (
@@ -144,23 +147,9 @@ def _versions(run: Mapping[str, Any]) -> Html:
     )
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as {dotted key: text}, in the order given. An empty group keeps its own line."""
-    if isinstance(value, Mapping) and value:
-        flat: dict[str, str] = {}
-        for key, inner in value.items():
-            flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        return flat
-    return {prefix: flat_text(value)}
-
-
-def flat_text(value: Any) -> str:
-    """One line for any plain value."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {flat_text(inner)}" for key, inner in value.items()) or "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(flat_text(inner) for inner in value) or "none"
-    return "none" if value is None else str(value)
+def reject_kind(reason: str) -> str:
+    """The reason without what is particular to one input: `duplicate of a.png` is a `duplicate`."""
+    return reason.split(":")[0].split(" of ")[0]
 
 
 def short(value: float) -> str:

@@ -2,16 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import Field
 
 from pipeline.config import Spec
-from pipeline.data.corruptions import DEFAULT_CORRUPTIONS, check_corruptions, corrupt
+from pipeline.data.corruptions import DEFAULT, LEVELS, MIN_SIDE, check_corruptions, corrupt, corruption_seed
 from pipeline.errors import DataError
+from pipeline.formats.schemas import SAMPLES, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import write_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -26,8 +26,10 @@ CLEAN = "clean"
 class CorruptSpec(Spec):
     """Levels and corruptions. The paper names neither; severities 1, 3, 5 of this list are ours."""
 
-    corruptions: tuple[str, ...] = Field(default=DEFAULT_CORRUPTIONS, min_length=1)
-    levels: dict[str, int] = Field(default={"L1": 1, "L2": 3, "L3": 5}, description="level -> ImageNet-C severity")
+    corruptions: tuple[str, ...] = Field(default=DEFAULT, min_length=1)
+    levels: dict[str, Annotated[int, Field(ge=1, le=5)]] = Field(
+        default=LEVELS, description="level -> ImageNet-C severity"
+    )
     every_corruption: bool = Field(
         default=False, description="each image under every corruption; otherwise under one, drawn by seed and image"
     )
@@ -44,13 +46,14 @@ class Corrupt(Stage):
     spec: CorruptSpec
 
     def check(self) -> None:
-        """Every corruption is known, every severity is 1 to 5, and the library is there."""
-        check_corruptions(self.spec.corruptions, self.spec.levels)
+        """Every corruption is known."""
+        check_corruptions(self.spec.corruptions, MIN_SIDE)
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit a test shard and level, such as `mnist-test-00000-L2`. Of the base, only the preprocessing counts."""
         (base,) = inputs["base"]
         described = json.loads(base.file("backbone.json").read_text(encoding="utf-8"))
+        check_corruptions(self.spec.corruptions, described["input_size"])
         settings = {"preprocess": described["preprocess"], "input_size": described["input_size"]}
         test = of_split(inputs["shard"], "test")
         tasks = {shard.report["notes"]["task"] for shard in inputs["shard"]}
@@ -75,7 +78,7 @@ class Corrupt(Stage):
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Write `images.npy` uint8 [n, S, S, 3] and `samples.parquet` (sample_id, task, label, corruption)."""
         shard = unit.one("shard")
-        table = read_table(shard.file("samples.parquet"), columns=["sample_id", "label"])
+        table = read_table(shard.file("samples.parquet"), SAMPLES, ["sample_id", "label"])
         labels = dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
         report = StageReport(rows_in=len(labels), rows_out=0)
         with report.span("decode"):
@@ -87,19 +90,18 @@ class Corrupt(Stage):
         with report.span("corrupt"):
             for sample_id, pixels in zip(images.sample_ids, images.pixels.numpy(), strict=True):
                 for corruption in self._corruptions_of(sample_id, unit.settings["severity"]):
-                    severity, seed = unit.settings["severity"], self.spec.seed
-                    made.append(
-                        corrupt(pixels, corruption, severity, seed=seed, sample_id=sample_id) if severity else pixels
-                    )
+                    severity = unit.settings["severity"]
+                    seed = corruption_seed(self.spec.seed, sample_id, corruption, severity)
+                    made.append(corrupt(pixels, corruption, severity, seed) if severity else pixels)
                     rows.append((sample_id, labels[sample_id], corruption))
         write_vectors(out_dir / "images.npy", np.stack(made))
         columns = {
-            "sample_id": pa.array([row[0] for row in rows], pa.string()),
-            "task": pa.array([shard.report["notes"]["task"]] * len(rows), pa.string()),
-            "label": pa.array([row[1] for row in rows], pa.int32()),
-            "corruption": pa.array([row[2] for row in rows], pa.string()),
+            "sample_id": [row[0] for row in rows],
+            "task": [shard.report["notes"]["task"]] * len(rows),
+            "label": [row[1] for row in rows],
+            "corruption": [row[2] for row in rows],
         }
-        write_table(out_dir / "samples.parquet", pa.table(columns))
+        write_table(out_dir / "samples.parquet", TEST_IMAGES, columns)
         report.rows_out, report.rejected = len(images.sample_ids), len(labels) - len(images.sample_ids)
         report.notes = {"task": shard.report["notes"]["task"], "level": unit.settings["level"]}
         return report

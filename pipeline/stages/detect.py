@@ -16,6 +16,7 @@ from bd_core.metrics import auroc
 from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, radius_graph
 from pipeline.config import Spec
 from pipeline.formats.faiss_index import range_search, read_index
+from pipeline.formats.schemas import DETECTION, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -75,16 +76,15 @@ class Detect(Stage):
             with torch.no_grad():
                 anchor_alpha_AC = head(features_AD)
             graph = self._graph(unit, features_AD, reference_ND)
-            table, _, _ = score_anchors(alpha_NC, anchor_alpha_AC, graph, self._score)
-            samples = read_table(part.file("samples.parquet"), columns=["sample_id", "task"])
-            table = table.select([*SIGNALS, "degree"]).add_column(0, "sample_id", samples["sample_id"])
-            table = table.add_column(1, "task", samples["task"])
+            columns, _, _ = score_anchors(alpha_NC, anchor_alpha_AC, graph, self._score)
+            samples = read_table(part.file("samples.parquet"), TEST_IMAGES, ["sample_id", "task"])
             level = pa.array([part.report["notes"]["level"]] * len(pixels), pa.string())
-            tables.append(table.add_column(2, "level", level))
+            named = {"sample_id": samples["sample_id"], "task": samples["task"], "level": level}
+            tables.append(pa.table(named | {name: columns[name] for name in (*SIGNALS, "degree")}))
             report.rows_in += len(pixels)
         report.rows_out = report.rows_in
         scores = pa.concat_tables(tables)
-        write_table(out_dir / "scores.parquet", scores)
+        write_table(out_dir / "scores.parquet", DETECTION, scores.to_pydict())
         metrics = detection_metrics(scores)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         report.metrics = {

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pipeline.config import Spec
+from pipeline.formats.schemas import EMBEDDED, REJECTS, SAMPLES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import write_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.images import ShardImages
+from pipeline.stages.images import ShardImages, to_input_of
 from pipeline.stages.models import open_backbone
-from pipeline.stages.shard import of_split, rejects_table
+from pipeline.stages.shard import of_split, reject_columns
 from pipeline.store import Artefact
 
 
@@ -48,10 +48,10 @@ class Embed(Stage):
         """Write `features.npy`, `tokens.npy`, `samples.parquet` (row, sample_id, task) and `rejects.parquet`."""
         shard = unit.one("shard")
         repeated_ids = set(unit.settings["repeated"])
-        samples = read_table(shard.file("samples.parquet"), columns=["sample_id", "task", "source"])
+        samples = read_table(shard.file("samples.parquet"), SAMPLES, ["sample_id", "source"])
         report = StageReport(rows_in=len(samples), rows_out=0)
         with report.span("decode"):
-            images = ShardImages.read(shard, self._backbone, without=repeated_ids)
+            images = ShardImages.read(shard, to_input_of(self._backbone), without=repeated_ids)
         features, tokens = [], []
         with report.span("forward_backward"), torch.inference_mode():
             for start in range(0, len(images.sample_ids), self.resources.batch_size):
@@ -71,13 +71,9 @@ class Embed(Stage):
             if name not in kept
         ]
         task = shard.report["notes"]["task"]
-        table = {
-            "row": pa.array(range(len(kept)), pa.int64()),
-            "sample_id": pa.array(images.sample_ids, pa.string()),
-            "task": pa.array([task] * len(kept), pa.string()),
-        }
-        write_table(out_dir / "samples.parquet", pa.table(table))
-        write_table(out_dir / "rejects.parquet", rejects_table(rejects))
+        columns = {"row": range(len(kept)), "sample_id": images.sample_ids, "task": [task] * len(kept)}
+        write_table(out_dir / "samples.parquet", EMBEDDED, columns)
+        write_table(out_dir / "rejects.parquet", REJECTS, reject_columns(rejects))
         report.rows_out, report.rejected = len(kept), len(rejects)
         return report
 
@@ -91,6 +87,6 @@ def repeated(shards: Sequence[Artefact]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for shard in (*of_split(shards, "test"), *of_split(shards, "train")):
         task = shard.report["notes"]["task"]
-        ids = read_table(shard.file("samples.parquet"), columns=["sample_id"])["sample_id"].to_pylist()
+        ids = read_table(shard.file("samples.parquet"), SAMPLES, ["sample_id"])["sample_id"].to_pylist()
         found[shard.unit] = [name for name in ids if first.setdefault((task, name), shard.unit) != shard.unit]
     return found

@@ -22,6 +22,7 @@ from bd_core.metrics import (
     reliability_bins,
 )
 from pipeline.config import Spec
+from pipeline.formats.schemas import PREDICTIONS, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -83,7 +84,7 @@ class Evaluate(Stage):
         report.rows_out = report.rows_in
         metrics = judge.metrics(unit.id)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        write_table(out_dir / "predictions.parquet", judge.predictions())
+        write_table(out_dir / "predictions.parquet", PREDICTIONS, judge.predictions().to_pydict())
         means = metrics["protocols"]["task_known"]
         report.metrics = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
         return report
@@ -110,7 +111,7 @@ class _Judge:
     def add(self, part: Artefact, features_BD: Tensor, weights_BGK: Tensor | None) -> None:
         """Judge the images of one corrupt unit."""
         task, level = part.report["notes"]["task"], part.report["notes"]["level"]
-        samples = read_table(part.file("samples.parquet"), columns=["sample_id", "label"])
+        samples = read_table(part.file("samples.parquet"), TEST_IMAGES, ["sample_id", "label"])
         labels = torch.tensor([-1 if label is None else label for label in samples["label"].to_pylist()])
         known = (self._scale * features_BD @ self._heads[task].T).softmax(-1)
         free = (self._scale * features_BD @ self._unified_LD.T).softmax(-1)

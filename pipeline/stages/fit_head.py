@@ -15,12 +15,12 @@ from bd_core.label_space import LabelSpace, unify_heads, unify_labels
 from bd_core.losses import evidential_loss, inverse_loss
 from pipeline.config import Spec
 from pipeline.formats.checkpoints import write_safetensors
-from pipeline.formats.tables import write_history
 from pipeline.stage import Inputs, StageReport, Unit
 from pipeline.stages.pool import Pool
 from pipeline.store import Artefact
 from pipeline.training.context import TrainingContext
 from pipeline.training.fit_stage import FitStage
+from pipeline.training.history import write_history
 from pipeline.training.loop import optimise
 
 

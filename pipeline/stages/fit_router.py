@@ -4,6 +4,7 @@ Shape letters: B batch, A anchors of L_Dis, M other images of an anchor, K exper
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,15 +17,15 @@ from bd_core.merged import MergedModel
 from bd_core.router import Router
 from pipeline.config import Spec
 from pipeline.formats.checkpoints import write_safetensors
-from pipeline.formats.tables import write_history
 from pipeline.stage import Inputs, StageReport, Unit
 from pipeline.stages.fit_head import class_heads
-from pipeline.stages.images import pool_images
+from pipeline.stages.images import PoolImages
 from pipeline.stages.models import Experts, open_backbone
 from pipeline.stages.pair_sampler import PairSampler
 from pipeline.stages.pool import Pool
 from pipeline.training.context import TrainingContext
 from pipeline.training.fit_stage import FitStage
+from pipeline.training.history import write_history
 from pipeline.training.loop import optimise
 
 Variant = Literal["task", "layer"]
@@ -80,7 +81,7 @@ class FitRouter(FitStage):
         report = StageReport(rows_in=pool.n_rows, rows_out=pool.n_rows)
         backbone, experts = open_backbone(unit.one("base")), Experts.of(unit.inputs)
         device = self.device
-        merged = MergedModel(backbone.visual, experts.base_state, experts.states, groups=experts.groups.index).to(device)
+        merged = MergedModel(backbone.visual, experts.base_state, experts.states, groups=experts.groups).to(device)
         router = Router(
             backbone.width,
             experts.count,
@@ -93,7 +94,7 @@ class FitRouter(FitStage):
         tokens_NW = pool.tokens()
         router.standardise(tokens_NW)
         with report.span("decode"):
-            images = pool_images(unit.payload, pool, backbone)
+            images = PoolImages(unit.payload, pool, backbone)
         loss = RouterLoss(
             self.spec,
             router.to(device),
@@ -145,7 +146,7 @@ class RouterLoss:
         pairs: PairSampler,
         task_rows: list[Tensor],
         tokens_NW: Tensor,
-        pixels: "PixelReader",
+        pixels: Callable[[Tensor], Tensor],
         share: int,
     ) -> None:
         self.spec, self.router, self.merged, self.heads, self.pairs = spec, router, merged, heads, pairs

@@ -1,15 +1,19 @@
 """The committed base and experts, opened: what every stage that runs a model begins with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bd_core.layer_groups import LayerGroups, layer_groups
-from pipeline.backbones.open_clip import Backbone, load_backbone
+from bd_core.task_vectors import TaskVectors, task_vectors
+from pipeline.backbones.open_clip import Backbone, input_transform, load_backbone
+from pipeline.data.images import decode_image
 from pipeline.store import Artefact
 
 VISUAL = "visual.safetensors"
@@ -49,8 +53,18 @@ class Experts:
         """K."""
         return len(self.states)
 
+    def vectors(self) -> TaskVectors:
+        """The K task vectors."""
+        return task_vectors(self.base_state, self.states)
+
     @property
     def groups(self) -> LayerGroups:
         """The layer groups of the image tower."""
         return layer_groups(self.base_state)
 
+
+
+def input_transform_of(preprocess: Mapping[str, Any]) -> Callable[[bytes], NDArray[np.uint8]]:
+    """Encoded bytes to uint8 [S, S, 3] under this preprocessing; no weights are needed."""
+    transform = input_transform(preprocess)
+    return lambda data: np.array(transform(decode_image(data)), dtype=np.uint8)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.formats.schemas import PAIRS
 from pipeline.formats.tables import read_table
 from pipeline.store import Artefact
 
@@ -39,7 +40,7 @@ class PairSampler:
     @classmethod
     def read(cls, parts: Sequence[Artefact]) -> Self:
         """The sampler over the pairs of all `parts`; anchors without both kinds are left out."""
-        tables = [read_table(part.file("pairs.parquet")) for part in parts]
+        tables = [read_table(part.file("pairs.parquet"), PAIRS) for part in parts]
         anchor = np.concatenate([table["anchor"].to_numpy() for table in tables])
         other = np.concatenate([table["other"].to_numpy() for table in tables])
         negative = np.concatenate([table["kind"].to_numpy(zero_copy_only=False) == "negative" for table in tables])

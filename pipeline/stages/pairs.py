@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from bd_core.discrepancy import split_pairs
 from pipeline.config import Spec
+from pipeline.formats.schemas import PAIRS
 from pipeline.formats.tables import write_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -46,16 +46,14 @@ class Pairs(Stage):
         first_row = Pool.of(unit.inputs).rows_of(unit.id).start
         pairs = split_pairs(ads_E, graph, epsilon)
         positive = pairs.positive.numpy()
-        table = pa.table(
-            {
-                "anchor": pa.array(pairs.anchor.numpy() + first_row, pa.int64()),
-                "other": pa.array(pairs.other.numpy(), pa.int64()),
-                "kind": pa.array(np.where(positive, "positive", "negative"), pa.string()),
-                "cosine": pa.array(graph.cosine.numpy(), pa.float32()),
-                "ads": pa.array(ads_E.numpy(), pa.float32()),
-            }
-        )
-        write_table(out_dir / "pairs.parquet", table)
+        columns = {
+            "anchor": pairs.anchor.numpy() + first_row,
+            "other": pairs.other.numpy(),
+            "kind": np.where(positive, "positive", "negative"),
+            "cosine": graph.cosine.numpy(),
+            "ads": ads_E.numpy(),
+        }
+        write_table(out_dir / "pairs.parquet", PAIRS, columns)
         return StageReport(
             rows_in=len(ads_E), rows_out=len(ads_E), metrics={"positives": float(positive.sum()), "edges": len(ads_E)}
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.formats.schemas import EMBEDDED
 from pipeline.formats.tables import read_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.store import Artefact
@@ -49,7 +50,7 @@ class Pool:
 
     def tasks(self) -> list[str]:
         """The task of every row."""
-        return [task for unit in self.units for task in read_table(unit.file("samples.parquet"))["task"].to_pylist()]
+        return [task for unit in self.units for task in read_table(unit.file("samples.parquet"), EMBEDDED, ["task"])["task"].to_pylist()]
 
     def _vectors(self, name: str) -> Tensor:
         parts = [read_vectors(unit.file(name)) for unit in self.units]

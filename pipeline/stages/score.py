@@ -16,6 +16,7 @@ from bd_core.discrepancy import adjacency_discrepancy, divergence, negative_shar
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.config import Spec
 from pipeline.errors import ConfigError
+from pipeline.formats.schemas import SCORES
 from pipeline.formats.tables import write_table
 from pipeline.formats.vectors import write_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -67,7 +68,7 @@ class Score(Stage):
         graph = read_neighbourhoods(part.path)
         report = StageReport(rows_in=len(rows), rows_out=len(rows))
         with report.span("score"):
-            table, ads_E, negative_share = score_anchors(
+            columns, ads_E, negative_share = score_anchors(
                 self._alpha_NC, self._alpha_NC[rows.start : rows.stop], graph, self.spec
             )
         if self.spec.sharpness == "paper" and negative_share > self.spec.max_negative_sharpness:
@@ -77,15 +78,15 @@ class Score(Stage):
                 "swap: use score.sharpness=positive, or lower fit_head.initial_confidence"
             )
         report.metrics = {"edges": float(len(ads_E)), "negative_sharpness_share": negative_share}
-        write_table(out_dir / "scores.parquet", table.add_column(0, "row", pa.array(list(rows), pa.int64())))
+        write_table(out_dir / "scores.parquet", SCORES, {"row": list(rows), **columns})
         write_vectors(out_dir / "ads.npy", ads_E.numpy())
         return report
 
 
 def score_anchors(
     alpha_NC: Tensor, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
-) -> tuple[pa.Table, Tensor, float]:
-    """A table (u, iec, sharpness, divergence, mean_ads, degree) of the anchors, ADS [E], and the share with Sharp < 0.
+) -> tuple[dict[str, pa.Array], Tensor, float]:
+    """Columns (u, iec, sharpness, divergence, mean_ads, degree) of the anchors, ADS [E], the share with Sharp < 0.
 
     Isolated anchors have no sharpness, divergence or ADS: null, never zero.
     """
@@ -95,15 +96,12 @@ def score_anchors(
     sharp_A = sharpness(alpha_NC, graph, form=spec.sharpness)
     degree_A = graph.degree
     summed_A = torch.zeros(len(degree_A), dtype=ads_E.dtype).index_add_(0, graph.anchors(), ads_E)
-    columns = {
+    signals = {
         "u": opinion(anchor_alpha_AC).uncertainty,
         "iec": iec(anchor_alpha_AC),
         "sharpness": sharp_A,
         "divergence": divergence(alpha_NC, graph, anchor_alpha=anchor_alpha_AC),
         "mean_ads": torch.where(degree_A > 0, summed_A / degree_A, torch.nan),
     }
-    table = pa.table(
-        {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in columns.items()}
-        | {"degree": pa.array(degree_A.numpy(), pa.int64())}
-    )
-    return table, ads_E.float(), negative_sharpness_share(sharp_A)
+    columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in signals.items()}
+    return columns | {"degree": pa.array(degree_A.numpy(), pa.int64())}, ads_E.float(), negative_sharpness_share(sharp_A)

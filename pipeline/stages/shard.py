@@ -1,12 +1,11 @@
 """shard: sources of any kind become webdataset tars of verified images, with what is known of each beside them."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import json
-import pyarrow as pa
 from pydantic import Field
 
 from pipeline.config import Resources, Spec
@@ -15,7 +14,8 @@ from pipeline.data.items import Block, Item, Reject
 from pipeline.data.source import Source
 from pipeline.data.sources import AnySource
 from pipeline.errors import DataError
-from pipeline.formats.shards import Sample, write_shard
+from pipeline.formats.schemas import REJECTS, SAMPLES
+from pipeline.formats.shards import ShardSample, ShardWriter
 from pipeline.formats.tables import write_table
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.store import Artefact
@@ -81,7 +81,8 @@ class Shard(Stage):
                 report.rows_in += 1
                 facts = data if isinstance(data, Reject) else inspect_image(data, self.spec.max_pixels)
                 if isinstance(data, Reject) or isinstance(facts, Reject):
-                    rejects.append((item.reference, facts.reason if isinstance(facts, Reject) else ""))
+                    assert isinstance(facts, Reject)
+                    rejects.append((item.reference, facts.reason))
                     continue
                 sample_id = hashlib.sha256(data).hexdigest()[:SAMPLE_ID_CHARS]
                 if sample_id in kept:
@@ -90,48 +91,39 @@ class Shard(Stage):
                 kept[sample_id] = (item, data, facts)
         report.rows_out, report.rejected = len(kept), len(rejects)
         report.notes["rejects"] = _counted(reason for _, reason in rejects)
-        write_shard(
-            out_dir / "images.tar",
-            [
-                Sample(sample_id, facts.extension, data, {"task": task, "split": block.split})
-                for sample_id, (_, data, facts) in sorted(kept.items())
-            ],
-        )
-        write_table(out_dir / "samples.parquet", _samples(kept, task, classes, block))
-        write_table(out_dir / "rejects.parquet", rejects_table(rejects))
+        with ShardWriter(out_dir / "images.tar") as writer:
+            for sample_id, (_, data, facts) in sorted(kept.items()):
+                writer.add(ShardSample(sample_id, facts.extension, data, {"task": task, "split": block.split}))
+        write_table(out_dir / "samples.parquet", SAMPLES, _columns(kept, task, classes, block))
+        write_table(out_dir / "rejects.parquet", REJECTS, reject_columns(rejects))
         (out_dir / "classes.json").write_text(json.dumps(classes) + "\n", encoding="utf-8")
         return report
 
 
-def _samples(kept: dict[str, tuple[Item, bytes, ImageFacts]], task: str, classes: list[str], block: Block) -> pa.Table:
+def _columns(
+    kept: dict[str, tuple[Item, bytes, ImageFacts]], task: str, classes: list[str], block: Block
+) -> dict[str, list[Any]]:
     rows = [(sample_id, *kept[sample_id]) for sample_id in sorted(kept)]
     unknown = sorted({item.label for _, item, _, _ in rows if item.label is not None} - set(classes))
     if unknown:
         raise DataError(f"task {task}: labels {unknown[:3]} are none of its {len(classes)} classes; list them there")
     index = {name: number for number, name in enumerate(classes)}
-    return pa.table(
-        {
-            "row": pa.array(range(len(rows)), pa.int64()),
-            "sample_id": pa.array([row[0] for row in rows], pa.string()),
-            "task": pa.array([task] * len(rows), pa.string()),
-            "label": pa.array([None if row[1].label is None else index[row[1].label] for row in rows], pa.int32()),
-            "split": pa.array([block.split] * len(rows), pa.string()),
-            "width": pa.array([row[3].width for row in rows], pa.int32()),
-            "height": pa.array([row[3].height for row in rows], pa.int32()),
-            "source": pa.array([row[1].reference for row in rows], pa.string()),
-        }
-    )
+    return {
+        "row": list(range(len(rows))),
+        "sample_id": [sample_id for sample_id, _, _, _ in rows],
+        "task": [task] * len(rows),
+        "label": [None if item.label is None else index[item.label] for _, item, _, _ in rows],
+        "split": [block.split] * len(rows),
+        "width": [facts.width for _, _, _, facts in rows],
+        "height": [facts.height for _, _, _, facts in rows],
+        "source": [item.reference for _, item, _, _ in rows],
+    }
 
 
-def rejects_table(rejects: Sequence[tuple[str, str]]) -> pa.Table:
-    """(source, reason) rows as a table, sorted."""
+def reject_columns(rejects: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """(source, reason) pairs as columns, sorted."""
     ordered = sorted(rejects)
-    return pa.table(
-        {
-            "source": pa.array([source for source, _ in ordered], pa.string()),
-            "reason": pa.array([reason for _, reason in ordered], pa.string()),
-        }
-    )
+    return {"source": [source for source, _ in ordered], "reason": [reason for _, reason in ordered]}
 
 
 def _counted(reasons: Any) -> dict[str, int]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pipeline.backbones.open_clip import Backbone, load_backbone
 from pipeline.config import Resources, Spec
 from pipeline.formats.checkpoints import write_safetensors
-from pipeline.formats.tables import write_history
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.base_files import write_base
 from pipeline.stages.fit_head import class_heads
@@ -26,6 +25,7 @@ from pipeline.stages.models import VISUAL, open_backbone
 from pipeline.stages.shard import TaskSpec, classes_of
 from pipeline.store import Store
 from pipeline.training.context import LocalContext
+from pipeline.training.history import write_history
 from pipeline.training.loop import optimise
 
 
@@ -100,7 +100,9 @@ class TrainBase(_Trained):
         backbone = load_backbone(self.spec.model, seed=self.seed or 0)
         classes = classes_of(unit.inputs)
         captions = sorted({name for names in classes.values() for name in names})
-        images = LabelledImages(unit.inputs, backbone, class_index={name: i for i, name in enumerate(captions)})
+        images = LabelledImages(unit.inputs, backbone, class_index={
+            task: {label: captions.index(name) for label, name in enumerate(names)} for task, names in classes.items()
+        })
         report = StageReport(rows_in=len(images), rows_out=len(images))
         templates = sorted({template for task in self._tasks for template in task.templates})
         model: Any = backbone.model
@@ -164,7 +166,7 @@ class TrainExperts(_Trained):
         backbone: Backbone = open_backbone(unit.one("base"))
         head_CD = class_heads(unit.one("base"))[unit.id]
         names = classes_of(unit.of("shard"))[unit.id]
-        images = LabelledImages(unit.of("shard"), backbone, class_index={name: i for i, name in enumerate(names)})
+        images = LabelledImages(unit.of("shard"), backbone, class_index={unit.id: {label: label for label in range(len(names))}})
         report = StageReport(rows_in=len(images), rows_out=len(images))
         visual = backbone.visual.train()
 

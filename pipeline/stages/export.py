@@ -1,0 +1,165 @@
+"""export: every merged model as one artefact that `bd_core` alone can run, BD-Merging beside its competitors."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from bd_core.methods import METHODS, merge
+from bd_core.methods.registry import check_parameters, find_method
+from pipeline.config import Spec
+from pipeline.stage import Inputs, Stage, StageReport, Unit
+from pipeline.stages.fit_head import class_heads
+from pipeline.stages.fit_router import task_rows
+from pipeline.stages.fitted_router import load_router
+from pipeline.stages.images import PoolImages
+from pipeline.stages.learned import fit_adamerging, fit_twin_router
+from pipeline.stages.merged_files import write_routed, write_static
+from pipeline.stages.model_card import write_model_card
+from pipeline.stages.models import Experts, open_backbone
+from pipeline.stages.pool import Pool
+from pipeline.stages.shard import of_split
+from pipeline.store import Store
+from pipeline.training.context import LocalContext
+from pipeline.training.history import write_history
+
+BD_TITLES = {"task": "BD-Merging (task-wise)", "layer": "BD-Merging (layer-wise)"}
+BD_PREFIX = "bd_"
+LEARNED = {"adamerging", "twin_merging"}
+DEFAULT_METHODS: dict[str, dict[str, Any]] = {
+    "weight_average": {},
+    "task_arithmetic": {},
+    "ties": {},
+    "adamerging": {},
+    "twin_merging": {},
+}
+
+
+class ExportSpec(Spec):
+    """The competitors, by name with their parameters; BD-Merging's variants follow from `fit_router.variants`."""
+
+    methods: dict[str, dict[str, Any]] = Field(default=DEFAULT_METHODS, description="{name: {parameter: value}}")
+    batch_per_task: int = Field(default=16, ge=1, description="of AdaMerging; the released code's")
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, parameters in methods.items():
+            method = find_method(METHODS, name)
+            given = {"logits": None, "batches": None} if name == "adamerging" else {}
+            check_parameters(method, {**given, **parameters})
+        return methods
+
+
+class Export(Stage):
+    """Makes one artefact a merged model."""
+
+    name: ClassVar[str] = "export"
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ("shard", "base", "experts", "embed", "fit_head", "fit_router")
+    what: ClassVar[str] = "merge with every method and write the artefacts"
+    spec: ExportSpec
+
+    def hashed_spec(self) -> dict[str, Any]:
+        """Nothing: every unit's settings name its method and parameters."""
+        return {}
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        """One unit a method, the learned ones first since they take longest, then one a router."""
+        models = (*inputs["base"], *inputs["experts"])
+        train = of_split(inputs["shard"], "train")
+        units = []
+        for name, parameters in sorted(self.spec.methods.items(), key=lambda item: item[0] not in LEARNED):
+            settings: dict[str, Any] = {"method": name, "parameters": parameters}
+            if name not in LEARNED:
+                units.append(Unit(name, inputs=models, settings=settings))
+                continue
+            settings |= {"seed": self.seed, "batch_per_task": self.spec.batch_per_task}
+            units.append(Unit(name, inputs=(*models, *inputs["embed"]), settings=settings, payload=train))
+        for router in inputs["fit_router"]:
+            settings = {"method": f"{BD_PREFIX}{router.unit}"}
+            units.append(
+                Unit(f"{BD_PREFIX}{router.unit}", inputs=(*models, *inputs["fit_head"], router), settings=settings)
+            )
+        return units
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        """Write the artefact: weights, `recipe.json` and a model card."""
+        experts = Experts.of(unit.inputs)
+        report = StageReport(rows_in=experts.count, rows_out=experts.count)
+        method = unit.settings["method"]
+        with report.span("forward_backward"):
+            if method.startswith(BD_PREFIX):
+                self._bd_merging(unit, experts, out_dir)
+            elif method == "adamerging":
+                self._adamerging(unit, experts, out_dir, report)
+            elif method == "twin_merging":
+                self._twin_merging(unit, experts, out_dir, report)
+            else:
+                merged = merge(method, experts.base_state, experts.states, **unit.settings["parameters"])
+                write_static(out_dir, merged, self._recipe(unit, METHODS[method].title))
+        write_model_card(out_dir, unit)
+        return report
+
+    def _recipe(self, unit: Unit, title: str) -> dict[str, Any]:
+        return {
+            "method": unit.settings["method"],
+            "parameters": unit.settings.get("parameters", {}),
+            "title": title,
+            "made_from": {f"{a.stage}/{a.unit}": a.digest for a in unit.inputs if a.stage in ("base", "experts")},
+        }
+
+    def _bd_merging(self, unit: Unit, experts: Experts, out_dir: Path) -> None:
+        (fitted,) = unit.of("fit_router")
+        router, config = load_router(fitted)
+        recipe = self._recipe(unit, BD_TITLES[fitted.unit]) | {"router": config, "group_of": experts.groups.index}
+        if config["n_groups"] == 1:
+            recipe["group_of"] = dict.fromkeys(experts.groups.index, 0)
+        write_routed(out_dir, experts.base_state, experts.vectors(), router, recipe)
+        head = unit.one("fit_head")
+        for name, kept in (("model.safetensors", "head.safetensors"), ("config.json", "head.json")):
+            (out_dir / kept).write_bytes(head.file(name).read_bytes())
+
+    def _adamerging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
+        pool = Pool.of(unit.inputs)
+        backbone = open_backbone(unit.one("base"))
+        found = fit_adamerging(
+            backbone,
+            experts,
+            class_heads(unit.one("base")),
+            PoolImages(unit.payload, pool, backbone),
+            dict(zip(experts.tasks, task_rows(pool.tasks(), experts.tasks), strict=True)),
+            seed=self.seed or 0,
+            batch_per_task=self.spec.batch_per_task,
+            parameters=unit.settings["parameters"],
+        )
+        report.metrics = {"steps": float(len(found.history)), "converged": float(found.converged)}
+        write_static(out_dir, found.merged, self._recipe(unit, METHODS["adamerging"].title))
+        write_history(out_dir / "history.parquet", [{"step": i, "loss": v} for i, v in enumerate(found.history)])
+
+    def _twin_merging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
+        pool = Pool.of(unit.inputs)
+        parts = merge("twin_merging", experts.base_state, experts.states, **unit.settings["parameters"])
+        router, history = fit_twin_router(
+            pool.tokens(),
+            [experts.tasks.index(task) for task in pool.tasks()],
+            experts.count,
+            seed=self.seed or 0,
+            context=LocalContext(Store.state_beside(out_dir)),
+        )
+        config = {
+            "width": router.width,
+            "experts": list(experts.tasks),
+            "n_groups": 1,
+            "groups": ["all layers"],
+            "hidden": None,
+            "kind": "mlp",
+            "null_expert": False,
+        }
+        recipe = self._recipe(unit, METHODS["twin_merging"].title) | {
+            "router": config,
+            "group_of": dict.fromkeys(experts.groups.index, 0),
+        }
+        report.metrics = {"router_task_accuracy": history[-1]["task_accuracy"]}
+        write_routed(out_dir, parts.shared, parts.exclusive.expanded(), router, recipe)
+        write_history(out_dir / "history.parquet", history)
