@@ -166,6 +166,22 @@ def read_model_config(model_config: str | Path) -> tuple[str, dict[str, Any], di
     return path.stem, config, data.get("preprocess_cfg", {})
 
 
+def check_activation(model_config: str | Path, declared: str | None, place: str) -> None:
+    """Raise ConfigError when a checkpoint declares another activation than the model computes with.
+
+    Nothing else would tell: the weights of a QuickGELU model fit a GELU model and give other features. `declared` is
+    None where the checkpoint does not say.
+    """
+    name, config, _ = read_model_config(model_config)
+    computed = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    if declared is not None and declared != computed:
+        other = f"{name}-quickgelu" if declared == "quick_gelu" else name.removesuffix("-quickgelu")
+        raise ConfigError(
+            f"{place} was trained with the activation {declared!r}, model {name!r} computes with {computed!r}: its "
+            f"features would differ without an error; use the model {other}, or set quick_gelu in the JSON configuration"
+        )
+
+
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """Hex digest of names, dtypes, shapes and values, whatever file format they came from."""
     digest = hashlib.sha256()

@@ -6,10 +6,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.backbones.open_clip import load_backbone, read_model_config
+from pipeline.backbones.open_clip import check_activation, load_backbone, read_model_config
 from pipeline.config import Resources, Spec
 from pipeline.errors import ConfigError
-from pipeline.formats.checkpoints import read_checkpoint, read_expert, read_header, write_safetensors
+from pipeline.formats.checkpoints import (
+    declared_activation,
+    read_checkpoint,
+    read_expert,
+    read_header,
+    write_safetensors,
+)
 from pipeline.formats.clip_names import visual_only
 from pipeline.formats.headers import check_experts
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -51,7 +57,8 @@ class ImportBase(_Imported):
 
     def check(self) -> None:
         """The base's header fits the model and every expert's fits the base: the differences, before any work."""
-        read_model_config(self.spec.model)
+        for path in (self.spec.base, *self.spec.experts.values()):
+            check_activation(self.spec.model, declared_activation(path), str(path))
         base = read_header(self.spec.base)
         headers = {task: read_expert(path, base, header_only=True) for task, path in self.spec.experts.items()}
         check_experts(visual_only(base), headers)
@@ -59,7 +66,7 @@ class ImportBase(_Imported):
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit: the base. Shards count for their class names only."""
         settings = {
-            "model": self.spec.model,
+            "model": read_model_config(self.spec.model),
             "file": file_identity(self.spec.base),
             "classes": {task: list(names) for task, names in classes_of(inputs["shard"]).items()},
             "templates": {task.name: list(task.templates) for task in self._tasks},
@@ -114,4 +121,3 @@ def file_identity(path: Path) -> list[list[Any]]:
     if not path.exists():
         raise ConfigError(f"checkpoint {path} does not exist; correct the path")
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
-
