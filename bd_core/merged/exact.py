@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 __all__ = ["merged_linear", "tiles"]
 
 # A merged tile must still be in cache when the product reads it. Measured with infra/bench/bench_merged.py.
-TILE_BYTES = 1 << 20
-MAX_SAMPLES = 32
+TILE_BYTES = 2 << 20
+MAX_SAMPLES = 16
 
 
 def merged_linear(
