@@ -178,7 +178,7 @@ def check_activation(model_config: str | Path, declared: str | None, place: str)
         other = f"{name}-quickgelu" if declared == "quick_gelu" else name.removesuffix("-quickgelu")
         raise ConfigError(
             f"{place} was trained with the activation {declared!r}, model {name!r} computes with {computed!r}: its "
-            f"features would differ without an error; use the model {other}, or set quick_gelu in the JSON configuration"
+            f"features would differ without an error; use the model {other}, or set quick_gelu in the JSON file"
         )
 
 

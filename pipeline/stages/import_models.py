@@ -1,4 +1,4 @@
-"""base and experts, brought in from the user's checkpoints: verified, named as open_clip names them, kept in the store."""
+"""base and experts, brought in from the user's checkpoints: verified, under open_clip's names, kept in the store."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ class ImportBase(_Imported):
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit: the base. Shards count for their class names only."""
         settings = {
-            "model": read_model_config(self.spec.model),
+            "model": list(read_model_config(self.spec.model)),
             "file": file_identity(self.spec.base),
             "classes": {task: list(names) for task, names in classes_of(inputs["shard"]).items()},
             "templates": {task.name: list(task.templates) for task in self._tasks},
