@@ -33,6 +33,8 @@ class _Run:
     def __init__(self, workflow: Workflow, store: Store, resume_command: str) -> None:
         self._workflow, self._store, self._resume_command = workflow, store, resume_command
         self._record = RunRecord.begin(workflow.name, workflow.described(), workflow.hashed())
+        known = ("run_id", "name", "created", "git", "versions", "config")
+        workflow.about.update({name: getattr(self._record, name) for name in known})
         self._previous = (
             read_record(store, self._record.run_id) if self._record.run_id in run_ids(store) else None
         )

@@ -114,6 +114,7 @@ class Workflow:
         self.name = config.name
         self.store_path = config.store.expanduser().absolute()
         self.timing: list[dict[str, Any]] = []  # filled while it runs, for the report
+        self.about: dict[str, Any] = {}  # likewise: which run this is
         self.tracks = config.tracking.enabled
         self.stages = self._stages()
         if isinstance(config.executor, RaySpec) and config.executor.address != "local" and not config.store.is_absolute():
@@ -185,7 +186,7 @@ class Workflow:
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),
             Evaluate(config.evaluate, self._resources("evaluate")),
             Detect(config.detect, config.score, self._resources("detect")),
-            Report(config.report, self._resources("report"), timing=self.timing),
+            Report(config.report, self._resources("report"), timing=self.timing, about=self.about),
         ]
 
     def _resources(self, stage: str) -> Resources:

@@ -111,8 +111,8 @@ def _task_table(results: Results, protocol: str, level: str | None, numbers: Num
     if level is not None:
         return table(["Method", *results.tasks], rows, class_="results")
     spans = [tag("th", task, colspan=len(levels), scope="colgroup") for task in results.tasks]
-    header = ["Method", *(at if at == CLEAN else results.corruptions for _ in results.tasks for at in levels)]
-    return table(header, rows, class_="results", above=["", *spans])
+    header = [at if at == CLEAN else results.corruptions for _ in results.tasks for at in levels]
+    return table(header, rows, class_="results", above=[tag("th", "Method", rowspan=2, scope="col"), *spans])
 
 
 def accuracy_figure(results: Results, gallery: Gallery) -> Html:

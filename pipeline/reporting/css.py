@@ -68,7 +68,7 @@ thead th {
   color: var(--muted); font-weight: 600; font-size: 12.5px; border-bottom: 1.5px solid var(--line);
   vertical-align: bottom;
 }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; min-width: 130px; }
 tbody th.ours { color: var(--accent); font-weight: 650; }
 tbody th.reference { color: var(--muted); font-style: italic; font-weight: 400; }
 tbody tr:hover { background: var(--soft); }
@@ -79,6 +79,8 @@ td.bar {
   background: linear-gradient(var(--bar) 0 0) no-repeat 10px 9px / calc((100% - 66px) * var(--share)) 15px;
   min-width: 150px;
 }
+thead tr + tr th:first-child { text-align: right; }
+thead th[rowspan] { border-bottom: 1.5px solid var(--line); }
 thead th[colspan] { text-align: center; border-bottom: 0; padding-bottom: 0; }
 table.narrow { width: auto; min-width: 60%; }
 table.used td, table.stages td { white-space: normal; overflow-wrap: anywhere; }

@@ -73,7 +73,8 @@ def certainty(outcome: Verdict) -> str:
     if outcome.margin_se is None:
         return "No per-image predictions with labels were found, so the margin comes without an error bar."
     spread = (
-        f"{100 * outcome.margin_se:.1f} points (standard error of the paired difference, {outcome.n_images:,} images)"
+        f"{100 * outcome.margin_se:.1f} points (standard error of the paired difference over {outcome.n_images:,} "
+        "images; what another training seed would change is not in it)"
     )
     if outcome.certain:
         return (

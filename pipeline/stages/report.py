@@ -37,6 +37,7 @@ class Report(Stage):
         "pairs",
         "fit_router",
         "export",
+        "corrupt",
         "evaluate",
         "detect",
     )

@@ -36,7 +36,7 @@ TITLES = {
 }
 CLEAN = dict(zip(TITLES, (0.51, 0.87, 0.60, 0.62, 0.64, 0.71, 0.79, 0.78, 0.81), strict=True))
 LOST = dict(zip(TITLES, (0.30, 0.27, 0.29, 0.30, 0.29, 0.33, 0.31, 0.24, 0.22), strict=True))
-TIMING = (
+TIMING: tuple[tuple[str, int, float, float, float, dict[str, float], int, int], ...] = (
     ("executor start", 0, 5.2, 0.0, 0.0, {}, 0, 0),
     ("shard", 2, 3.1, 2.6, 0.3, {"read": 0.8, "validate": 1.5}, 8_400_000, 2),
     ("base", 1, 92.0, 90.5, 0.1, {"forward_backward": 84.0, "decode": 5.5}, 5_600_000, 1),
