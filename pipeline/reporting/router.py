@@ -102,7 +102,10 @@ def _draw_matrix(theme: Theme, weights: dict[str, dict[str, Weights]], experts: 
         matrix = np.stack([weights[level][task].mean(axis=0) for task in tasks])
         _heat(axes, theme, matrix, tasks if position == 0 else None)
         axes.set_title(f"Mean router weight, {level}")
-        axes.set_xticks(range(matrix.shape[1]), [_short(name, 12) for name in experts[: matrix.shape[1]]])
+        named = [_short(name, 12) for name in experts[: matrix.shape[1]]]
+        axes.set_xticks(range(matrix.shape[1]), named)
+        if len(named) > 5:
+            axes.tick_params(axis="x", rotation=35)
         axes.set_xlabel("expert")
         if position == 0:
             axes.set_ylabel("images of task")
@@ -139,7 +142,7 @@ def _write_values(axes: Axes, theme: Theme, matrix: Weights) -> None:
 def _label_groups(axes: Axes, groups: list[str], count: int) -> None:
     names = (groups or [str(index) for index in range(count)])[:count]
     step = -(-count // 14)
-    axes.set_xticks(range(0, count, step), [_short(name, 12) for name in names[::step]], rotation=60, ha="right")
+    axes.set_xticks(range(0, count, step), [_tail(name, 12) for name in names[::step]], rotation=60, ha="right")
     axes.tick_params(axis="x", labelsize=7.5)
 
 
@@ -152,6 +155,11 @@ def _outline(axes: Axes, theme: Theme, x: float, y: float, width: int) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((x, y), width, 1, fill=False, edgecolor=theme.orange, linewidth=1.6, clip_on=False))
+
+
+def _tail(name: str, limit: int) -> str:
+    """A layer group's name by its end: `…resblocks.3`, because all of them begin alike."""
+    return name if len(name) <= limit else "…" + name[1 - limit :]
 
 
 def _short(name: str, limit: int) -> str:
