@@ -81,7 +81,12 @@ class FitRouter(FitStage):
         report = StageReport(rows_in=pool.n_rows, rows_out=pool.n_rows)
         backbone, experts = open_backbone(unit.one("base")), Experts.of(unit.inputs)
         device = self.device
-        merged = MergedModel(backbone.visual, experts.base_state, experts.states, groups=experts.groups).to(device)
+        merged = MergedModel(
+            backbone.visual,
+            experts.base_state,
+            experts.states,
+            groups=experts.groups if unit.settings["variant"] == "layer" else None,
+        ).to(device)
         router = Router(
             backbone.width,
             experts.count,

@@ -33,7 +33,7 @@ def optimise(
     on (seed, step, worker), so a resumed fit draws what an undisturbed one would have drawn.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     history: History = []
     state = context.load()
     if state is not None:
