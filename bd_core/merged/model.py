@@ -82,8 +82,8 @@ class MergedModel(nn.Module):
     def forward(self, *inputs: Any, weights: Float[Tensor, "B K"] | Float[Tensor, "B G K"], **shared: Any) -> Any:
         """The model's output for a batch; row b of `weights` merges sample b.
 
-        Positional tensors carry the samples first; keyword arguments are shared by all. Weights [B, K] hold for every
-        layer group. Raises ValueError for an empty batch, weights of another shape or not finite.
+        Positional tensors carry the samples first; keyword arguments are shared by all. Weights [B, K] and [B, 1, K]
+        hold for every layer group. Raises ValueError for an empty batch, weights of another shape or not finite.
         """
         weights_BGK = self._checked(inputs, weights)
         if self._unverified and len(weights_BGK) > 1:
@@ -137,6 +137,8 @@ class MergedModel(nn.Module):
         each_group = (n_samples, self.n_groups, self.n_experts)
         if weights.shape == (n_samples, self.n_experts):
             weights_BGK = weights[:, None].expand(*each_group)
+        elif weights.shape == (n_samples, 1, self.n_experts):  # a task-wise router's
+            weights_BGK = weights.expand(*each_group)
         elif weights.shape == each_group:
             weights_BGK = weights
         else:
