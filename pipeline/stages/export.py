@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from bd_core.methods import METHODS, merge
+from bd_core.methods import METHODS, merge, twin_merging
 from bd_core.methods.registry import check_parameters, find_method
 from pipeline.config import Spec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -139,7 +139,7 @@ class Export(Stage):
 
     def _twin_merging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
         pool = Pool.of(unit.inputs)
-        parts = merge("twin_merging", experts.base_state, experts.states, **unit.settings["parameters"])
+        parts = twin_merging(experts.base_state, experts.states, **unit.settings["parameters"])
         router, history = fit_twin_router(
             pool.tokens(),
             [experts.tasks.index(task) for task in pool.tasks()],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bd_core.methods import AdaMerging, merge
+from bd_core.methods import AdaMerging, adamerging
 from bd_core.router import Router
 from pipeline.backbones.open_clip import Backbone
 from pipeline.stages.images import PoolImages
@@ -48,9 +48,7 @@ def fit_adamerging(
             }
             step += 1
 
-    found = merge("adamerging", experts.base_state, experts.states, logits=logits, batches=batches(), **parameters)
-    assert isinstance(found, AdaMerging)
-    return found
+    return adamerging(experts.base_state, experts.states, logits=logits, batches=batches(), **parameters)
 
 
 def fit_twin_router(
