@@ -90,8 +90,9 @@ def reason(plan: StagePlan, planned: Planned, history: Sequence[Manifest]) -> st
         return "never made"
     if any(m.key == planned.key for m in earlier):
         return "its files are damaged"
-    differences = [_differences(plan.stage, planned, manifest) for manifest in earlier]
-    return "; ".join(min(differences, key=len)) or "its seed or settings changed"
+    differences: list[list[str]] = [_differences(plan.stage, planned, manifest) for manifest in earlier]
+    closest: list[str] = min(differences, key=lambda found: len(found))
+    return "; ".join(closest) or "its settings changed"
 
 
 def _differences(stage: Stage, planned: Planned, manifest: Manifest) -> list[str]:
@@ -122,5 +123,3 @@ def _changed(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-

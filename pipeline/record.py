@@ -15,7 +15,17 @@ from pipeline.store.keys import digest_json
 
 SCHEMA = 1
 RECORD_NAME = "run.json"
-VERSIONED = ("bd-merging", "torch", "open_clip_torch", "ray", "faiss-cpu", "faiss-gpu-cu12", "mlflow", "numpy", "pyarrow")
+VERSIONED = (
+    "bd-merging",
+    "torch",
+    "open_clip_torch",
+    "ray",
+    "faiss-cpu",
+    "faiss-gpu-cu12",
+    "mlflow",
+    "numpy",
+    "pyarrow",
+)
 
 
 @dataclass

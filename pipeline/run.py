@@ -35,9 +35,7 @@ class _Run:
         self._record = RunRecord.begin(workflow.name, workflow.described(), workflow.hashed())
         known = ("run_id", "name", "created", "git", "versions", "config")
         workflow.about.update({name: getattr(self._record, name) for name in known})
-        self._previous = (
-            read_record(store, self._record.run_id) if self._record.run_id in run_ids(store) else None
-        )
+        self._previous = read_record(store, self._record.run_id) if self._record.run_id in run_ids(store) else None
         self._executor: Executor | None = None
         self._progress = Progress()
         self._started = perf_counter()

@@ -24,7 +24,9 @@ def show_run(workflow: Workflow, record: RunRecord) -> None:
     artefacts = record.artefacts(store)
     rows = run_rows(artefacts)
     for protocol in dict.fromkeys(row.protocol for row in rows):
-        table = Table(title=f"accuracy, {protocol.replace('_', '-')} (relative drop against clean)", title_justify="left")
+        table = Table(
+            title=f"accuracy, {protocol.replace('_', '-')} (relative drop against clean)", title_justify="left"
+        )
         shown = [row for row in rows if row.protocol == protocol]
         levels = list(shown[0].accuracy)
         for column in ("method", *levels):
@@ -47,7 +49,13 @@ def show_plan(workflow: Workflow) -> None:
     store = Store(workflow.store_path)
     history = [manifest for _, manifest in store.units()]
     table = Table(title=f"plan of {workflow.name} in {store.root}", title_justify="left")
-    for column, justify in (("stage", "left"), ("run", "right"), ("reuse", "right"), ("seconds", "right"), ("MiB", "right")):
+    for column, justify in (
+        ("stage", "left"),
+        ("run", "right"),
+        ("reuse", "right"),
+        ("seconds", "right"),
+        ("MiB", "right"),
+    ):
         table.add_column(column, justify="right" if justify == "right" else "left")
     table.add_column("memory MiB", justify="right")
     table.add_column("why", overflow="fold")
@@ -117,5 +125,3 @@ def _or_unknown(value: float | None, needed: bool) -> str:
     if not needed:
         return "0"
     return "?" if value is None else f"{value:.1f}"
-
-

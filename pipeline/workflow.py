@@ -117,7 +117,11 @@ class Workflow:
         self.about: dict[str, Any] = {}  # likewise: which run this is
         self.tracks = config.tracking.enabled
         self.stages = self._stages()
-        if isinstance(config.executor, RaySpec) and config.executor.address != "local" and not config.store.is_absolute():
+        if (
+            isinstance(config.executor, RaySpec)
+            and config.executor.address != "local"
+            and not config.store.is_absolute()
+        ):
             raise ConfigError(
                 f"store {config.store}: a cluster job runs in a copy of the working directory, so the store must be an "
                 "absolute path that every node sees; set BD_STORE or store=/shared/bd-store"
@@ -191,5 +195,3 @@ class Workflow:
 
     def _resources(self, stage: str) -> Resources:
         return self.config.resources.get(stage, Resources())
-
-

@@ -1,7 +1,6 @@
 """Every unit in this process, one after the other: for tests, debugging and the smallest machines."""
 
 from collections.abc import Callable, Sequence
-
 from typing import Literal
 
 from pipeline.config import Spec

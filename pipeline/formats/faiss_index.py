@@ -47,7 +47,7 @@ def read_index(path: Path) -> Any:
 def range_search(
     index: Any, queries: FloatRows, min_cosine: float, self_rows: NDArray[np.int64] | None = None
 ) -> Neighbourhoods:
-    """The radius graph of `queries` [Q, D] on the index: inclusive, neighbours ascending, a query's own row left out."""
+    """The radius graph of `queries` [Q, D] on the index: inclusive, neighbours ascending, own rows left out."""
     strict = float(np.nextafter(np.float32(min_cosine), np.float32(-np.inf)))
     limits, cosine, neighbours = index.range_search(np.ascontiguousarray(queries), strict)
     anchors = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))

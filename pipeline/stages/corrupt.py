@@ -50,7 +50,7 @@ class Corrupt(Stage):
         check_corruptions(self.spec.corruptions, MIN_SIDE)
 
     def units(self, inputs: Inputs) -> list[Unit]:
-        """One unit a test shard and level, such as `mnist-test-00000-L2`. Of the base, only the preprocessing counts."""
+        """One unit a test shard and level, such as `mnist-test-00000-L2`. Only the base's preprocessing counts."""
         (base,) = inputs["base"]
         described = json.loads(base.file("backbone.json").read_text(encoding="utf-8"))
         check_corruptions(self.spec.corruptions, described["input_size"])

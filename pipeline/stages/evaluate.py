@@ -195,5 +195,3 @@ class _Judge:
             for level in self._levels
         }
         return {"groups": self._merged.groups, "experts": self._merged.experts, "mean_weights": mean}
-
-

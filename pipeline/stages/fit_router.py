@@ -139,7 +139,7 @@ class FitRouter(FitStage):
 
 
 class RouterLoss:
-    """The loss of one step: a task-balanced batch for L_Unsup, and anchors with their neighbours beside it for L_Dis."""
+    """The loss of one step: a task-balanced batch for L_Unsup, anchors with their neighbours beside it for L_Dis."""
 
     def __init__(
         self,
@@ -162,9 +162,7 @@ class RouterLoss:
     def __call__(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and its terms for one batch drawn from `generator`."""
         spec = self.spec
-        balanced = [
-            rows[torch.randint(len(rows), (self.per_task,), generator=generator)] for rows in self.task_rows
-        ]
+        balanced = [rows[torch.randint(len(rows), (self.per_task,), generator=generator)] for rows in self.task_rows]
         rows_B = torch.cat(balanced)
         drawn = self.pairs.draw(self.n_anchors, spec.positives, spec.negatives, generator) if self.n_anchors else None
         if drawn is not None:
@@ -173,7 +171,7 @@ class RouterLoss:
         features = nn.functional.normalize(self.merged(self.pixels(rows_B), weights=weights), dim=-1)
         logits = [
             part @ head.T
-            for part, head in zip(features.split(self.per_task)[: len(self.heads)], self.heads, strict=True)
+            for part, head in zip(torch.split(features, self.per_task)[: len(self.heads)], self.heads, strict=True)
         ]
         unsupervised = torch.stack([unsupervised_loss(each) for each in logits]).mean()
         information = torch.stack([information_maximisation(each) for each in logits]).mean()
@@ -184,7 +182,7 @@ class RouterLoss:
             anchors, others = beside[: self.n_anchors], beside[self.n_anchors :]
             contrastive, used = discrepancy_contrastive_loss(
                 anchors,
-                others.unflatten(0, (self.n_anchors, -1)),
+                others.reshape(self.n_anchors, -1, others.shape[-1]),
                 drawn.positive_AM.to(features.device),
                 drawn.valid_AM.to(features.device),
                 spec.temperature,

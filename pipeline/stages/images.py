@@ -82,7 +82,9 @@ class PoolImages:
 class LabelledImages:
     """All images of some shards with their labels, in memory: what the demo's own models are trained on."""
 
-    def __init__(self, shards: Sequence[Artefact], backbone: Backbone, class_index: Mapping[str, Mapping[int, int]]) -> None:
+    def __init__(
+        self, shards: Sequence[Artefact], backbone: Backbone, class_index: Mapping[str, Mapping[int, int]]
+    ) -> None:
         """`class_index[task][label]` is the class number to train towards."""
         pixels, labels = [], []
         for shard in shards:

@@ -25,7 +25,9 @@ visual = ...  # the image tower of the same open_clip model
 vectors = TaskVectors(load_file("task_vectors.safetensors"))
 merged = MergedModel(visual, load_file("base.safetensors"), vectors, groups=recipe["group_of"])
 form = recipe["router"]
-router = Router(form["width"], len(form["experts"]), form["n_groups"], form["hidden"], form["kind"], form["null_expert"])
+router = Router(
+    form["width"], len(form["experts"]), form["n_groups"], form["hidden"], form["kind"], form["null_expert"]
+)
 router.load_state_dict(load_file("router.safetensors"))
 weights = router(tokens)  # mean of the pretrained tower's last-block tokens, [B, width]
 features = torch.nn.functional.normalize(merged(images, weights=weights), dim=-1)
@@ -35,7 +37,8 @@ features = torch.nn.functional.normalize(merged(images, weights=weights), dim=-1
 def write_model_card(directory: Path, unit: Unit) -> None:
     """Write `MODEL_CARD.md` beside the weights."""
     routed = (directory / "task_vectors.safetensors").exists()
-    made_from = "\n".join(f"- `{a.stage}/{a.unit}` {a.digest[:12]}" for a in unit.inputs if a.stage in ("base", "experts"))
+    parents = [artefact for artefact in unit.inputs if artefact.stage in ("base", "experts")]
+    made_from = "\n".join(f"- `{parent.stage}/{parent.unit}` {parent.digest[:12]}" for parent in parents)
     kind = "merged for every sample by a router" if routed else "one merged image tower"
     text = (
         f"# {unit.id}\n\nMethod `{unit.settings['method']}`, {kind}. `recipe.json` holds method, parameters and layer "

@@ -63,7 +63,6 @@ class Experts:
         return layer_groups(self.base_state)
 
 
-
 def input_transform_of(preprocess: Mapping[str, Any]) -> Callable[[bytes], NDArray[np.uint8]]:
     """Encoded bytes to uint8 [S, S, 3] under this preprocessing; no weights are needed."""
     transform = input_transform(preprocess)

@@ -50,7 +50,11 @@ class Pool:
 
     def tasks(self) -> list[str]:
         """The task of every row."""
-        return [task for unit in self.units for task in read_table(unit.file("samples.parquet"), EMBEDDED, ["task"])["task"].to_pylist()]
+        return [
+            task
+            for unit in self.units
+            for task in read_table(unit.file("samples.parquet"), EMBEDDED, ["task"])["task"].to_pylist()
+        ]
 
     def _vectors(self, name: str) -> Tensor:
         parts = [read_vectors(unit.file(name)) for unit in self.units]

@@ -50,9 +50,7 @@ class Score(Stage):
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit for each neighbours unit."""
-        return [
-            Unit(part.unit, inputs=(*inputs["embed"], *inputs["fit_head"], part)) for part in inputs["neighbours"]
-        ]
+        return [Unit(part.unit, inputs=(*inputs["embed"], *inputs["fit_head"], part)) for part in inputs["neighbours"]]
 
     def setup(self, unit: Unit) -> None:
         """Evidence of the whole pool, once."""
@@ -104,4 +102,8 @@ def score_anchors(
         "mean_ads": torch.where(degree_A > 0, summed_A / degree_A, torch.nan),
     }
     columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in signals.items()}
-    return columns | {"degree": pa.array(degree_A.numpy(), pa.int64())}, ads_E.float(), negative_sharpness_share(sharp_A)
+    return (
+        columns | {"degree": pa.array(degree_A.numpy(), pa.int64())},
+        ads_E.float(),
+        negative_sharpness_share(sharp_A),
+    )

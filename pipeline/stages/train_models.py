@@ -100,9 +100,14 @@ class TrainBase(_Trained):
         backbone = load_backbone(self.spec.model, seed=self.seed or 0)
         classes = classes_of(unit.inputs)
         captions = sorted({name for names in classes.values() for name in names})
-        images = LabelledImages(unit.inputs, backbone, class_index={
-            task: {label: captions.index(name) for label, name in enumerate(names)} for task, names in classes.items()
-        })
+        images = LabelledImages(
+            unit.inputs,
+            backbone,
+            class_index={
+                task: {label: captions.index(name) for label, name in enumerate(names)}
+                for task, names in classes.items()
+            },
+        )
         report = StageReport(rows_in=len(images), rows_out=len(images))
         templates = sorted({template for task in self._tasks for template in task.templates})
         model: Any = backbone.model
@@ -166,7 +171,9 @@ class TrainExperts(_Trained):
         backbone: Backbone = open_backbone(unit.one("base"))
         head_CD = class_heads(unit.one("base"))[unit.id]
         names = classes_of(unit.of("shard"))[unit.id]
-        images = LabelledImages(unit.of("shard"), backbone, class_index={unit.id: {label: label for label in range(len(names))}})
+        images = LabelledImages(
+            unit.of("shard"), backbone, class_index={unit.id: {label: label for label in range(len(names))}}
+        )
         report = StageReport(rows_in=len(images), rows_out=len(images))
         visual = backbone.visual.train()
 
