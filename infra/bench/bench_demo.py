@@ -1,0 +1,163 @@
+"""The demo measured: cold, with models cached, and again; memory; overhead; and who wins over several seeds.
+
+python -m infra.bench.bench_demo --seeds 0 1 2 --save
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from infra.bench.process_tree import Measured, measure
+from pipeline.reporting.timing import TOTAL, overhead_items, read_timing
+
+CONFIG = "configs/demo.yaml"
+RESULTS = Path(__file__).parent / "results"
+MODEL_STAGES = ("shard", "base", "experts")
+LIMITS = {"cold": 600.0, "models cached": 180.0, "second run": 5.0, "--help": 1.0}
+MEMORY_LIMIT_GIB = 4.0
+OVERHEAD_LIMIT = 0.25
+SHIFTED = ("L1", "L2", "L3")
+OURS, RIVALS = "bd_layer", ("task_arithmetic", "ties", "adamerging")
+VERSIONED = ("torch", "ray", "open_clip_torch", "mlflow", "numpy")
+
+
+def main() -> None:
+    """Measure, print, and save where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--save", action="store_true", help="write infra/bench/results/demo_<machine>_<date>.md")
+    parser.add_argument("--keep", type=Path, help="keep the stores below this directory")
+    arguments = parser.parse_args()
+    root = arguments.keep or Path(tempfile.mkdtemp(prefix="bench-demo-"))
+    lines = _times(root, arguments.seeds[0])
+    for seed in arguments.seeds[1:]:
+        _checked(measure(_run(root / f"seed{seed}", f"seed={seed}")))
+    lines += _table(root, arguments.seeds)
+    text = "\n".join([*_header(arguments.seeds), *lines]) + "\n"
+    sys.stdout.write(text)
+    if arguments.save:
+        name = f"demo_{platform.machine()}-{_cpus()}cores_{time.strftime('%Y%m%d')}.md"
+        (RESULTS / name).write_text(text, encoding="utf-8")
+    if arguments.keep is None:
+        shutil.rmtree(root)
+
+
+def _times(root: Path, seed: int) -> list[str]:
+    """Cold, second, models cached and --help, on the first seed."""
+    store, cached = root / f"seed{seed}", root / "cached"
+    rows: dict[str, Measured] = {"cold": _checked(measure(_run(store, f"seed={seed}")))}
+    rows["second run"] = _checked(measure(_run(store, f"seed={seed}")))
+    for stage in MODEL_STAGES:
+        shutil.copytree(store / stage, cached / stage)
+    rows["models cached"] = _checked(measure(_run(cached, f"seed={seed}")))
+    rows["--help"] = _checked(measure([sys.executable, "-m", "pipeline", "--help"]))
+    lines = ["## Time and memory", "", "| run | seconds | target | peak memory GiB |", "|---|---|---|---|"]
+    for name, measured in rows.items():
+        memory = f"{measured.peak_bytes / 2**30:.2f}" if name in ("cold", "models cached") else ""
+        lines.append(f"| {name} | {measured.wall_s:.1f} | < {LIMITS[name]:g} | {memory} |")
+    return [*lines, "", f"Peak memory must stay below {MEMORY_LIMIT_GIB:g} GiB.", "", *_overhead(store)]
+
+
+def _overhead(store: Path) -> list[str]:
+    """Where the cold run's time went, by the run's own record."""
+    rows = _record(store)["timing"]
+    (total,) = (float(row["wall_s"]) for row in rows if row["stage"] == TOTAL)
+    times = read_timing(rows)
+    passes = sum(each.compute_s for each in times)
+    items = overhead_items(times, {})
+    known = passes + sum(seconds for _, seconds in items)
+    items.append(("start of the process, checks, keys, run record", total - known))
+    lines = ["## Where the cold run's time went", "", "| what | seconds | share |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {s:.1f} | {s / total:.1%} |" for name, s in (("forward and backward passes", passes), *items)
+    ]
+    lines += ["", f"Outside the passes: {1 - passes / total:.1%} (target: at most {OVERHEAD_LIMIT:.0%}).", ""]
+    return lines
+
+
+def _table(root: Path, seeds: Sequence[int]) -> list[str]:
+    """Mean accuracy over tasks, per level and over L1-L3, mean and standard deviation over the seeds."""
+    by_seed = [_accuracies(root / f"seed{seed}") for seed in seeds]
+    lines = [
+        f"## Accuracy, task known, mean over the tasks, mean ± sd over seeds {', '.join(map(str, seeds))}",
+        "",
+        "| method | clean | L1 | L2 | L3 | mean L1-L3 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, first in by_seed[0].items():
+        cells = [[100 * found[model]["levels"][level] for found in by_seed] for level in ("clean", *SHIFTED)]
+        cells.append([_shifted(found[model]) for found in by_seed])
+        lines.append(f"| {first['title']} | " + " | ".join(_spread(cell) for cell in cells) + " |")
+    lines += ["", f"{by_seed[0][OURS]['title']} minus, in points of the mean over L1-L3, seed by seed:", ""]
+    for rival in RIVALS:
+        gaps = [_shifted(found[OURS]) - _shifted(found[rival]) for found in by_seed]
+        lines.append(f"- {by_seed[0][rival]['title']}: {', '.join(f'{gap:+.1f}' for gap in gaps)}")
+    return lines
+
+
+def _accuracies(store: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    pins = _record(store)["stages"]["evaluate"]
+    for model, key in pins.items():
+        metrics = json.loads((store / "evaluate" / f"{model}-{key[:12]}" / "metrics.json").read_text())
+        levels = metrics["protocols"]["task_known"]
+        found[model] = {
+            "title": metrics["title"],
+            "levels": {level: levels[level]["mean"]["accuracy"] for level in levels},
+        }
+    return found
+
+
+def _record(store: Path) -> dict[str, Any]:
+    (path,) = store.glob("runs/*/run.json")
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def _shifted(found: dict[str, Any]) -> float:
+    return 100 * statistics.mean(found["levels"][level] for level in SHIFTED)
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def _run(store: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "pipeline", "run", CONFIG, f"store={store}", *overrides]
+
+
+def _checked(measured: Measured) -> Measured:
+    if measured.returncode:
+        raise SystemExit(f"the command failed with {measured.returncode}:\n{measured.output}")
+    return measured
+
+
+def _header(seeds: Sequence[int]) -> list[str]:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in VERSIONED)
+    command = f"python -m infra.bench.bench_demo --seeds {' '.join(map(str, seeds))} --save"
+    return [
+        "# The demo, measured",
+        "",
+        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {_cpus()} cores, no GPU.",
+        f"Python {platform.python_version()}, {versions}.",
+        "",
+    ]
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    main()
