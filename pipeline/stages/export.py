@@ -123,16 +123,17 @@ class Export(Stage):
     def _adamerging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
         pool = Pool.of(unit.inputs)
         backbone = open_backbone(unit.one("base"))
-        found = fit_adamerging(
-            backbone,
-            experts,
-            class_heads(unit.one("base")),
-            PoolImages(unit.payload, pool, backbone),
-            dict(zip(experts.tasks, task_rows(pool.tasks(), experts.tasks), strict=True)),
-            seed=self.seed or 0,
-            batch_per_task=self.spec.batch_per_task,
-            parameters=unit.settings["parameters"],
-        )
+        with PoolImages(unit.payload, pool, backbone) as images:
+            found = fit_adamerging(
+                backbone,
+                experts,
+                class_heads(unit.one("base")),
+                images,
+                dict(zip(experts.tasks, task_rows(pool.tasks(), experts.tasks), strict=True)),
+                seed=self.seed or 0,
+                batch_per_task=self.spec.batch_per_task,
+                parameters=unit.settings["parameters"],
+            )
         report.metrics = {"steps": float(len(found.history)), "converged": float(found.converged)}
         write_static(out_dir, found.merged, self._recipe(unit, METHODS["adamerging"].title))
         write_history(out_dir / "history.parquet", [{"step": i, "loss": v} for i, v in enumerate(found.history)])

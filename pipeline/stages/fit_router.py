@@ -112,7 +112,7 @@ class FitRouter(FitStage):
             share=context.world_size,
         )
         assert self.seed is not None
-        with report.span("forward_backward"):
+        with images, report.span("forward_backward"):
             history = optimise(
                 router,
                 loss,

@@ -57,7 +57,7 @@ def to_input_of(backbone: Backbone) -> ToInput:
 
 
 class PoolImages:
-    """Images by global row of the pool, decoded on demand within a memory budget."""
+    """Images by global row of the pool, decoded on demand within a memory budget; a context that closes the shards."""
 
     def __init__(self, shards: Sequence[Artefact], pool: Pool, backbone: Backbone) -> None:
         by_unit = {shard.unit: shard for shard in shards}
@@ -77,6 +77,12 @@ class PoolImages:
     def __getitem__(self, rows_B: Tensor) -> Tensor:
         """uint8 [B, S, S, 3]."""
         return self._bank.batch(self._rows[rows_B.numpy()])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bank.close()
 
 
 class LabelledImages:

@@ -1,0 +1,64 @@
+"""A tiny real project for each test that wants one, and one finished serial run of it for the whole session.
+
+`tiny_project`    (function): a `Tiny` of the test's own below `tmp_path`; nothing has run, `write()` gives its YAML.
+`finished_store`  (session): a `Finished`, the store of one finished serial run; read it, never change it.
+`finished_copy`   (function): a `Finished` of the test's own, project and store copied with their times of change, so
+                  that every unit of the store is found again.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny import Tiny, make_tiny
+
+from pipeline.record import RunRecord
+from pipeline.run import run
+from pipeline.store import Store
+from pipeline.workflow import Workflow
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A project, its configuration file, the store in which it has run, and the record of that run."""
+
+    tiny: Tiny
+    config: Path
+    path: Path
+    run_id: str
+
+    @property
+    def store(self) -> Store:
+        return Store(self.path)
+
+
+@pytest.fixture(scope="session")
+def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_project(tiny_original: Tiny, tmp_path: Path) -> Tiny:
+    return copied(tiny_original, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def finished_store(tiny_original: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    tiny = copied(tiny_original, tmp_path_factory.mktemp("finished") / "project")
+    config = tiny.write()
+    record: RunRecord = run(Workflow.load(config), f"bd-merge run {config}")
+    return Finished(tiny, config, tiny.root / "store", record.run_id)
+
+
+@pytest.fixture
+def finished_copy(finished_store: Finished, tmp_path: Path) -> Finished:
+    tiny = copied(finished_store.tiny, tmp_path / "project")
+    return Finished(tiny, tiny.write(), tiny.root / "store", finished_store.run_id)
+
+
+def copied(tiny: Tiny, root: Path) -> Tiny:
+    """The same project below `root`: equal bytes and times of change, so equal keys."""
+    shutil.copytree(tiny.root, root)
+    return Tiny(root, json.loads(json.dumps(tiny.config).replace(str(tiny.root), str(root))))
