@@ -3,14 +3,14 @@
 Every component owns its spec and derives it from `Spec`; the whole configuration is put together in `workflow.py`.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.faults import explain
 
 
 class Spec(BaseModel):
@@ -22,10 +22,20 @@ class Spec(BaseModel):
 class Resources(Spec):
     """What changes the speed of a stage and never its bytes; not hashed."""
 
-    cpus: float = 1.0
-    gpus: float = 0.0
-    threads: int = 1
-    batch_size: int = 256
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # `~name` of a user that is not there
+        raise ValueError(f"{path}: {error}; write the path out") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 
 
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -38,10 +48,12 @@ def load_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(*_with_bases(path, []), OmegaConf.from_dotlist(_checked(overrides)))
+        merged = OmegaConf.merge(*_with_bases(path, []))
+        for override in overrides:
+            _override(merged, override)
         data = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; correct the file or the override") from error
+        raise ConfigError(f"{path}: {_one_line(error)}; correct it there, or in the override") from None
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
 
@@ -51,7 +63,7 @@ def parse(model: type[SpecT], data: dict[str, Any], place: str) -> SpecT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, fault) for fault in error.errors()]
+        lines = [explain(model, data, fault) for fault in error.errors()]
         raise ConfigError(f"{place}: {len(lines)} fault(s) in the configuration\n  " + "\n  ".join(lines)) from None
 
 
@@ -60,50 +72,40 @@ def _with_bases(path: Path, seen: list[Path]) -> list[Any]:
     from omegaconf import DictConfig, OmegaConf
 
     if not path.is_file():
+        state = "is not a file" if path.exists() else "does not exist"
+        named = f", which {seen[-1]} extends," if seen else ""
         known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in ./configs"
-        raise ConfigError(f"configuration {path} does not exist; known ones: {known}")
+        raise ConfigError(f"configuration {path}{named} {state}; known ones: {known}")
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: `extends` forms a circle; remove one of them")
+        circle = " -> ".join(str(each) for each in [*seen, path.resolve()])
+        raise ConfigError(f"{path}: `extends` forms a circle, {circle}; remove one of them")
     loaded = OmegaConf.load(path)
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: the top level must be a mapping of keys, not a {type(loaded).__name__}")
+        raise ConfigError(f"{path}: the top level is a list; write a mapping of keys, such as `name: mine`")
     base = loaded.pop("extends", None)
-    below = _with_bases(path.parent / str(base), [*seen, path.resolve()]) if base else []
-    return [*below, loaded]
+    if base is None:
+        return [loaded]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: {base!r} is not the path of one file; name one, relative to this file")
+    return [*_with_bases(path.parent / base, [*seen, path.resolve()]), loaded]
 
 
-def _checked(overrides: Sequence[str]) -> list[str]:
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override {override!r} is not of the form key=value, such as router.steps=100")
-    return list(overrides)
+def _override(merged: Any, override: str) -> None:
+    """Set one `key.sub=value` in `merged`; items of lists go by number, as in `tasks.0.name=mine`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as fit_router.steps=100")
+    try:
+        # Unresolved, so that an interpolation may name any other key of the configuration.
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index, call-overload]
+        OmegaConf.update(merged, key, value, merge=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"override {override!r} cannot be applied ({_one_line(error)}); correct it") from None
 
 
-def _explain(model: type[BaseModel], fault: Any) -> str:
-    # Tags of discriminated unions stand in the location too; they are not keys a user wrote, yet they help.
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1]), sorted(_all_keys(model)), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; remove it"
-        return f"{key}: unknown key (value {fault['input']!r}){hint}"
-    if fault["type"] == "missing":
-        return f"{key}: required and missing; add it"
-    return f"{key}: {fault['msg']} (value {fault['input']!r})"
-
-
-def _all_keys(model: type[BaseModel], seen: frozenset[type] = frozenset()) -> set[str]:
-    names = set(model.model_fields)
-    for field in model.model_fields.values():
-        for child in _models_in(field.annotation):
-            if child not in seen:
-                names |= _all_keys(child, seen | {model})
-    return names
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    found: list[type[BaseModel]] = []
-    for argument in getattr(annotation, "__args__", ()):
-        found += _models_in(argument)
-    return found
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,5 +1,8 @@
 """The two errors a user can cause, and the one that reports failed units. Messages hold value, place and next step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BDMergeError(Exception):
     """Any error of ours that the command line prints without a traceback."""
@@ -17,6 +20,28 @@ class DataError(BDMergeError):
     """Bad data: a checkpoint, image folder, table or stored unit whose content cannot be used."""
 
     exit_code = 2
+
+
+class Faults:
+    """Errors of ours from several checks, collected so that a user is told of all of them at once."""
+
+    def __init__(self) -> None:
+        self.found: list[BDMergeError] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep an error of the block instead of raising it."""
+        try:
+            yield
+        except BDMergeError as error:
+            self.found.append(error)
+
+    def raise_any(self) -> None:
+        """Raise what was found: one error as it is, several as one `ConfigError`."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ConfigError(f"{len(self.found)} faults\n" + "\n".join(f"- {error}" for error in self.found))
 
 
 class StoreLocked(BDMergeError):

@@ -1,13 +1,15 @@
 """The whole configuration, and the stages it stands for in the order of the flow."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Resources, Spec, load_yaml, parse
-from pipeline.errors import ConfigError
+from pipeline.config import Resources, Spec, UserPath, load_yaml, parse
+from pipeline.errors import ConfigError, Faults
 from pipeline.executors import Executor, RayExecutor, RaySpec, SerialExecutor, SerialSpec
 from pipeline.record import RunRecord
 from pipeline.stage import Stage
@@ -28,6 +30,7 @@ from pipeline.stages.shard import Shard, ShardSpec, TaskSpec
 from pipeline.stages.threshold import Threshold, ThresholdSpec
 from pipeline.stages.train_models import TrainBase, TrainExperts, TrainSpec
 from pipeline.store import Artefact, Store
+from pipeline.training.fit_stage import FitStage
 
 MIN_EXPERTS = 2
 
@@ -44,7 +47,7 @@ class Config(Spec):
     """Everything a run can be told. `bd-merge plan CONFIG` shows what follows from it."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")
-    store: Path
+    store: UserPath
     seed: int = Field(default=0, ge=0)
     tasks: tuple[TaskSpec, ...]
     models: Annotated[TrainSpec | ImportSpec, Field(discriminator="kind")]
@@ -65,22 +68,51 @@ class Config(Spec):
     resources: dict[str, Resources] = Field(default_factory=dict, description="by stage; changes speed, never bytes")
     tracking: TrackingSpec = TrackingSpec()
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def _on_a_file_system(cls, store: Any) -> Any:
+        if "://" in str(store):
+            raise ValueError(f"{store}: only paths of a shared file system are supported; mount the bucket")
+        return store
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        names = [task.name for task in self.tasks]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"tasks: names repeat: {', '.join(repeated)}; give each task its own")
-        if len(names) < MIN_EXPERTS:
-            raise ValueError(f"tasks: {len(names)} given, merging needs at least {MIN_EXPERTS} experts; add a task")
-        if isinstance(self.models, ImportSpec) and set(self.models.experts) != set(names):
-            raise ValueError(
-                f"models.experts names {sorted(self.models.experts)}, tasks names {sorted(names)}; one expert a task"
-            )
-        unknown = sorted(set(self.resources) - {stage.name for stage in STAGES})
-        if unknown:
-            raise ValueError(f"resources: no stage is called {unknown[0]!r}; there are {[s.name for s in STAGES]}")
+        faults = [*self._task_faults(), *self._expert_faults()]
+        stages = [stage.name for stage in STAGES]
+        for name in sorted(set(self.resources) - set(stages)):
+            faults.append(f"resources.{name}: no stage is called so; {_nearest(name, stages)}")
+        if faults:
+            raise ValueError("\n  ".join(faults))
         return self
+
+    def _task_faults(self) -> list[str]:
+        names = [task.name for task in self.tasks]
+        faults = [
+            f"tasks.{place}.name: {name!r} is the name of another task too; give each task its own"
+            for place, name in enumerate(names)
+            if name in names[:place]
+        ]
+        if len(names) < MIN_EXPERTS:
+            faults.append(f"tasks: {len(names)} given, merging needs at least {MIN_EXPERTS} experts; add a task")
+        return faults
+
+    def _expert_faults(self) -> list[str]:
+        """Every task needs an expert, every expert a task."""
+        if not isinstance(self.models, ImportSpec):
+            return []
+        names, experts = [task.name for task in self.tasks], list(self.models.experts)
+        without = [name for name in dict.fromkeys(names) if name not in experts]
+        faults = [f"models.experts.{name}: required and missing; every task needs its expert" for name in without]
+        for name in experts:
+            if name not in names:
+                near = _nearest(name, without or names)
+                faults.append(f"models.experts.{name}: no task is called so; {near}, or remove it")
+        return faults
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 STAGES: tuple[type[Stage], ...] = (
@@ -133,9 +165,44 @@ class Workflow:
         return cls(parse(Config, load_yaml(path, overrides), str(path)))
 
     def check(self) -> None:
-        """Everything that can be found wrong before any work: `ConfigError` or `DataError` when it is."""
+        """Everything that can be found wrong before any work, all at once: `ConfigError` or `DataError` when it is."""
+        faults = Faults()
+        for _, check in self.checks():
+            with faults.collect():
+                check()
+        faults.raise_any()
+
+    def checks(self) -> list[tuple[str, Callable[[], None]]]:
+        """(what, its check) of everything a run depends on."""
+        return [
+            ("store", Store(self.store_path).check_usable),
+            ("resources", self._check_resources),
+            *((f"inputs of {stage.name}", stage.check) for stage in self.stages),
+        ]
+
+    def _check_resources(self) -> None:
+        """A local Ray would find it out as late as the stage begins, and a GPU that is missing would pass unsaid."""
+        spec = self.config.executor
+        if isinstance(spec, RaySpec) and spec.address != "local":
+            return
+        cpus = (spec.cpus if isinstance(spec, RaySpec) else None) or os.cpu_count() or 1
+        faults = Faults()
         for stage in self.stages:
-            stage.check()
+            workers = stage.workers if isinstance(stage, FitStage) else 1
+            wanted = stage.resources.cpus * workers
+            if isinstance(spec, RaySpec) and wanted > cpus:
+                of = f" for each of {workers} workers" if workers > 1 else ""
+                faults.found.append(
+                    ConfigError(
+                        f"resources.{stage.name}.cpus: {stage.resources.cpus:g}{of}, the local Ray has {cpus}; lower "
+                        "it, or raise executor.cpus"
+                    )
+                )
+            if stage.resources.gpus and not _cuda_devices():
+                faults.found.append(
+                    ConfigError(f"resources.{stage.name}.gpus: {stage.resources.gpus:g}, no CUDA device is here; set 0")
+                )
+        faults.raise_any()
 
     def described(self) -> dict[str, Any]:
         """The whole configuration as plain data."""
@@ -195,3 +262,9 @@ class Workflow:
 
     def _resources(self, stage: str) -> Resources:
         return self.config.resources.get(stage, Resources())
+
+
+def _cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()

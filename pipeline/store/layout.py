@@ -1,5 +1,6 @@
 """Where things lie: `<store>/<stage>/<unit>-<key12>/`, runs, logs, and what is only passing through."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ class Store:
         if "://" in str(root):
             raise ConfigError(f"store {root}: only paths of a shared file system are supported; mount the bucket")
         self.root = root.expanduser().absolute()
+
+    def check_usable(self) -> None:
+        """`ConfigError` unless units can be written here; nothing is created."""
+        existing = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"store {self.root}: {existing} is a file; name a directory with store=... or BD_STORE")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise ConfigError(f"store {self.root}: {existing} is not writable; name another directory with store=...")
 
     def directory(self, stage: str, unit: str, key: str) -> Path:
         """Where the unit lies, or will lie."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import StoreLocked
+from pipeline.errors import ConfigError, StoreLocked
 
 LOCK_NAME = ".lock"
 
@@ -20,9 +20,13 @@ def hold(root: Path, purpose: str) -> Iterator[None]:
 
     The kernel drops the lock when the process ends, however it ends, so a killed run leaves nothing to clean up.
     """
-    root.mkdir(parents=True, exist_ok=True)
     path = root / LOCK_NAME
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"store {root} cannot be written ({error.strerror}); name another with store=...") from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
