@@ -30,6 +30,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. seed=1 fit_router.steps=100.")
 ]
 StoreOption = Annotated[Path, typer.Option("--store", envvar="BD_STORE", help="The store's directory.")]
+INTERRUPTED = 130
 DEFAULT_STORE = Path("bd-store")
 
 
@@ -145,9 +146,16 @@ def main() -> NoReturn:
     except BDMergeError as error:
         sys.stderr.write(f"bd-merge: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except OSError as error:
+        # Of units, their own logs tell; this is the store's disk, or a file of ours.
+        sys.stderr.write(f"bd-merge: {error}; finished units are kept, the same command goes on from there\n")
+        sys.exit(1)
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Within a command, typer has already turned Ctrl-C into the exit code.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         sys.stderr.write("bd-merge: interrupted; finished units are kept, the same command goes on from there\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     sys.exit(0)
 
 

@@ -110,6 +110,7 @@ def _stored(workflow: Workflow, contents: bool) -> list[Finding]:
     if contents:
         damaged = [(path, manifest.damage(path, contents=True)) for path, manifest in store.units()]
         faults = [f"{path}: {fault}" for path, fault in damaged if fault]
+        faults += [f"{path}: its manifest cannot be read" for path in store.unreadable()]
         detail = "; ".join(faults) + "; the next run makes them again" if faults else f"{len(damaged)} units match"
         findings.append(Finding("contents", detail, not faults))
     return findings

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.record import read_record, run_ids
 from pipeline.store import Store, hold
+from pipeline.store.layout import TRAINING_STATE
 
 RAY_TRAIN = ".ray_train"
 
@@ -44,15 +45,24 @@ def _doomed(store: Store, keep_runs: int | None) -> list[Removed]:
         for unit, key in units.items()
     }
     removed += [_removed(path, "pinned by no run") for path, _ in store.units() if path not in pinned]
+    removed += [_removed(path, "its manifest cannot be read") for path in store.unreadable()]
     removed += [_removed(path, "left by an interrupted run") for path in store.passing()]
-    removed += [_removed(path, "state of an unfinished fit") for path in sorted(store.root.glob("*/.state-*"))]
-    removed += [_removed(path, "Ray Train's checkpoints") for path in sorted(store.root.glob(f"{RAY_TRAIN}/*"))]
+    removed += _abandoned_fits(store, awaited={path for path in pinned if not path.exists()})
     removed += [
         _removed(path, "logs of a forgotten run")
         for path in sorted(store.root.glob("logs/*"))
         if path.name in forgotten
     ]
     return removed
+
+
+def _abandoned_fits(store: Store, awaited: set[Path]) -> list[Removed]:
+    """State of fits that no run will go on with; `awaited` are the units that a run pins and nobody has made yet."""
+    states = {path.with_name(TRAINING_STATE + path.name) for path in awaited}
+    jobs = {store.root / RAY_TRAIN / f"{path.parent.name}-{path.name}" for path in awaited}
+    why = "state of a fit that no run waits for"
+    kept = [*sorted(store.root.glob(f"*/{TRAINING_STATE}*")), *sorted(store.root.glob(f"{RAY_TRAIN}/*"))]
+    return [_removed(path, why) for path in kept if path not in states | jobs]
 
 
 def _removed(path: Path, why: str) -> Removed:

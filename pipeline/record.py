@@ -30,7 +30,10 @@ VERSIONED = (
 
 @dataclass
 class RunRecord:
-    """A run, written after every stage. Its id follows from name and configuration, so the same command resumes it."""
+    """A run, written when a stage begins. Its id follows from name and configuration, so the same command resumes it.
+
+    `stages` pins {stage: {unit: key}} of what the run uses or is about to make: `gc` keeps these.
+    """
 
     run_id: str
     name: str
@@ -66,10 +69,6 @@ class RunRecord:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(directory / RECORD_NAME)
-
-    def pin(self, stage: str, artefacts: list[Artefact]) -> None:
-        """Pin the units that the run used of `stage`."""
-        self.stages[stage] = {artefact.unit: artefact.key for artefact in artefacts}
 
     def artefacts(self, store: Store) -> dict[str, list[Artefact]]:
         """Every pinned unit; `DataError` when one is gone or damaged."""

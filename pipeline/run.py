@@ -1,5 +1,6 @@
 """The one loop that walks the stages and does what is missing."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from time import perf_counter
@@ -36,6 +37,10 @@ class _Run:
         known = ("run_id", "name", "created", "git", "versions", "config")
         workflow.about.update({name: getattr(self._record, name) for name in known})
         self._previous = read_record(store, self._record.run_id) if self._record.run_id in run_ids(store) else None
+        if self._previous is not None:
+            # What this run pinned before stays pinned until its stage is reached again: `gc` between two attempts
+            # must not take what the next one will use.
+            self._record.stages = dict(self._previous.stages)
         self._executor: Executor | None = None
         self._progress = Progress()
         self._started = perf_counter()
@@ -45,7 +50,7 @@ class _Run:
         try:
             for plan in walk(self._workflow.stages, self._store, self._complete):
                 assert isinstance(plan, StagePlan)
-                record.pin(plan.stage.name, plan.artefacts)
+                self._pin(plan)
         finally:
             if self._executor is not None:
                 self._executor.close()
@@ -76,6 +81,9 @@ class _Run:
         stage = plan.stage
         began = perf_counter()
         self._set_damaged_aside(plan)
+        # Pinned before they are made: what is finished when the run dies is kept for the next attempt.
+        self._pin(plan)
+        self._record.write(self._store)
         if self._executor is None:
             self._executor = self._workflow.executor(self._store, self._record.run_id)
             self._note("executor start", wall_s=perf_counter() - began)
@@ -104,7 +112,9 @@ class _Run:
             spans=spans,
             bytes=sum(artefact.size_bytes for artefact in plan.artefacts),
         )
-        self._record.write(self._store)
+
+    def _pin(self, plan: StagePlan) -> None:
+        self._record.stages[plan.stage.name] = {each.unit.id: each.key for each in plan.planned}
 
     def _each(self, plan: StagePlan, outcomes: list[Outcome]) -> Callable[[Outcome], None]:
         def done(outcome: Outcome) -> None:
@@ -127,9 +137,8 @@ class _Run:
         self._workflow.timing[:] = self._record.timing
 
     def _failure(self, stage: str, total: int, failures: list[Outcome]) -> UnitsFailed:
-        self._record.write(self._store)
         first = failures[0]
-        shown = "\n  ".join(str(failure.log) for failure in failures[:5])
+        shown = "\n  ".join(str(failure.log or "none, see above") for failure in failures[:5])
         more = f"\n  and {len(failures) - 5} more" if len(failures) > 5 else ""
         error = UnitsFailed(
             f"{stage}: {len(failures)} of {total} units failed; first ({first.unit}): {first.error}\n"
@@ -141,4 +150,4 @@ class _Run:
 
 def resume_command() -> str:
     """The command line of this process, as a user would type it again."""
-    return " ".join(["bd-merge", *sys.argv[1:]])
+    return shlex.join(["bd-merge", *sys.argv[1:]])

@@ -83,14 +83,15 @@ def show_status(store: Store) -> None:
     """A row a run."""
     table = Table(title=f"runs in {store.root}", title_justify="left")
     for column in ("run", "created", "finished", "stages", "units", "MiB"):
-        table.add_column(column, justify="right" if column in ("stages", "units", "MiB") else "left")
+        table.add_column(column, justify="right" if column in ("stages", "units", "MiB") else "left", overflow="fold")
     sizes = {(m.stage, m.unit, m.key): m.size_bytes for _, m in store.units()}
     for run_id in run_ids(store):
         record = read_record(store, run_id)
         pins = [(stage, unit, key) for stage, units in record.stages.items() for unit, key in units.items()]
-        size = sum(sizes.get(pin, 0) for pin in pins) / 2**20
+        held = [sizes[pin] for pin in pins if pin in sizes]
         finished = record.finished or "not yet; the same command resumes it"
-        table.add_row(run_id, record.created, finished, str(len(record.stages)), str(len(pins)), f"{size:.1f}")
+        units = str(len(held)) if len(held) == len(pins) else f"{len(held)} of {len(pins)}"
+        table.add_row(run_id, record.created, finished, str(len(record.stages)), units, f"{sum(held) / 2**20:.1f}")
     CONSOLE.print(table)
     CONSOLE.print(f"{len(sizes)} units, {sum(sizes.values()) / 2**20:.1f} MiB; `bd-merge gc` removes what no run pins")
 
@@ -117,7 +118,9 @@ def show_comparison(store: Store, runs: Sequence[str]) -> None:
     CONSOLE.print(comparison_table(compare_runs([(record, record.artefacts(store)) for record in records])))
 
 
-def _cell(accuracy: float, drop: float, level: str) -> str:
+def _cell(accuracy: float | None, drop: float | None, level: str) -> str:
+    if accuracy is None or drop is None:
+        return "–" if accuracy is None else f"{100 * accuracy:.1f}"
     return f"{100 * accuracy:.1f}" if level == "clean" else f"{100 * accuracy:.1f} ({-100 * drop:+.1f}%)"
 
 

@@ -1,5 +1,7 @@
 """One unit, from its key to its commit: what every executor calls, wherever it runs it."""
 
+import errno
+import os
 import random
 import tempfile
 import traceback
@@ -113,12 +115,27 @@ class UnitRunner:
 
 def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseException) -> Outcome:
     """The outcome of a unit that raised; the traceback goes to its log file."""
-    log = store.log_path(run_id, stage, unit)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     message = str(error) if isinstance(error, BDMergeError) else f"{type(error).__name__}: {error}"
+    if _is_disk_full(error):
+        message += f"; make room in {store.root} (`bd-merge gc --store {store.root}` removes what no run needs)"
     logs.fact(f"{stage} {unit} failed", level=40, error=message)
+    text = "".join(traceback.format_exception(error))
+    log: Path | None = store.log_path(run_id, stage, unit)
+    assert log is not None
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(text, encoding="utf-8")
+    except OSError as unwritten:
+        # The disk that failed the unit may well refuse its log too; the siblings still get their turn.
+        logs.fact(f"its log cannot be written to {log}", level=40, error=unwritten, traceback=text)
+        log = None
     return Outcome(unit, error=message, log=log, exit_code=getattr(error, "exit_code", 1))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """By number where the error has one; FAISS and safetensors only quote the system's words."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def _pin_threads(threads: int, key: str) -> None:

@@ -43,6 +43,8 @@ def commit(
         files = describe_files(temporary)
         for name in files:
             _flush(temporary / name)
+        for folder in temporary.rglob("*/"):
+            _flush(folder)
         manifest = Manifest(
             stage=stage,
             unit=unit,

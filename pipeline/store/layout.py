@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.store.keys import KEY_CHARS_IN_NAMES
-from pipeline.store.manifest import Manifest
+from pipeline.store.manifest import MANIFEST_NAME, Manifest
 
 TEMPORARY = ".tmp-"
 TRAINING_STATE = ".state-"
@@ -112,6 +112,11 @@ class Store:
                 yield directory, Manifest.read(directory)
             except DataError:
                 continue
+
+    def unreadable(self) -> list[Path]:
+        """Directories that hold a manifest which nobody can read: a unit once, before the disk damaged it."""
+        readable = {directory for directory, _ in self.units()}
+        return [p for p in self._visible() if p not in readable and (p / MANIFEST_NAME).exists()]
 
     def passing(self) -> list[Path]:
         """Temporaries and damaged units: what the holder of the store may sweep away."""

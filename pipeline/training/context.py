@@ -1,10 +1,15 @@
 """What a fit needs of the world around it: where it stands among its workers, and where its state is kept."""
 
+import io
+import os
+import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from pipeline import logs
 
 
 class TrainingContext(Protocol):
@@ -48,17 +53,29 @@ class LocalContext:
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` beside `path` and rename it into place."""
+    """Write `state` beside `path`, flush it and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    torch.save(state, temporary)
+    buffer = io.BytesIO()  # torch's own file writer hides why a write failed, such as a full disk
+    torch.save(state, buffer)
+    with temporary.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The state at `path`, or None; tensors and plain values only, no pickled object is executed."""
+    """The state at `path`; None when there is none or it is damaged, which costs time and changes no result.
+
+    Tensors and plain values only, no pickled object is executed.
+    """
     if not path.is_file():
         return None
-    state = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        logs.fact("a checkpoint of an unfinished fit is damaged, it begins again", level=30, path=path, error=error)
+        return None
     assert isinstance(state, dict)
     return state
