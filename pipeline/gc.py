@@ -29,7 +29,8 @@ def collect(store: Store, *, keep_runs: int | None = None, dry_run: bool = False
         doomed = _doomed(store, keep_runs)
         if not dry_run:
             for each in doomed:
-                shutil.rmtree(each.path)
+                # A unit is put aside first: a kill in the middle leaves what the next sweep takes, never half a unit.
+                shutil.rmtree(store.set_aside(each.path) if store.is_unit(each.path) else each.path)
     return doomed
 
 

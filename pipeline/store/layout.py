@@ -82,8 +82,12 @@ class Store:
             return None
         return Artefact.of(directory, manifest)
 
+    def is_unit(self, path: Path) -> bool:
+        """Whether `path` is where a committed unit lies."""
+        return path.parent in self._stages() and not path.name.startswith(".")
+
     def set_aside(self, directory: Path) -> Path:
-        """Rename a damaged unit out of the way; the new path."""
+        """Rename a unit that is damaged or no longer wanted out of the way; the new path."""
         target = directory.with_name(f"{DAMAGED}{directory.name}")
         shutil.rmtree(target, ignore_errors=True)
         return directory.rename(target)
