@@ -32,13 +32,16 @@ NOT_COMPARED = ("store", "executor", "resources", "tracking", "name")
 
 @dataclass(frozen=True)
 class RunRow:
-    """One method under one protocol: mean accuracy over the tasks and loss relative to clean, as shares, by level."""
+    """One method under one protocol: mean accuracy over the tasks and loss relative to clean, as shares, by level.
+
+    None where no test image has a label.
+    """
 
     model: str
     title: str
     protocol: str
-    accuracy: dict[str, float]
-    relative_drop: dict[str, float]
+    accuracy: dict[str, float | None]
+    relative_drop: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,18 @@ def run_rows(artefacts: Artefacts) -> list[RunRow]:
             levels = metrics["protocols"].get(protocol)
             if not levels:
                 continue
-            accuracy = {level: float(cell["mean"]["accuracy"]) for level, cell in levels.items()}
-            clean = accuracy.get(CLEAN, 0.0)
-            drop = {level: (clean - value) / clean if clean else 0.0 for level, value in accuracy.items()}
+            accuracy = {level: cell["mean"]["accuracy"] for level, cell in levels.items()}
+            clean = accuracy.get(CLEAN)
+            drop = {level: _drop(clean, value) for level, value in accuracy.items()}
             title = str(metrics.get("title", metrics["model"]))
             rows.append(RunRow(str(metrics["model"]), title, protocol, accuracy, drop))
     return rows
+
+
+def _drop(clean: float | None, value: float | None) -> float | None:
+    if clean is None or value is None:
+        return None
+    return (clean - value) / clean if clean else 0.0
 
 
 def display_order(model: str) -> tuple[int, str]:

@@ -64,7 +64,7 @@ def parse(model: type[SpecT], data: dict[str, Any], place: str) -> SpecT:
         return model.model_validate(data)
     except ValidationError as error:
         lines = [explain(model, data, fault) for fault in error.errors()]
-        raise ConfigError(f"{place}: {len(lines)} fault(s) in the configuration\n  " + "\n  ".join(lines)) from None
+        raise ConfigError(f"{place}: this configuration cannot be used\n  " + "\n  ".join(lines)) from None
 
 
 def _with_bases(path: Path, seen: list[Path]) -> list[Any]:

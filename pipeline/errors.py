@@ -38,10 +38,11 @@ class Faults:
 
     def raise_any(self) -> None:
         """Raise what was found: one error as it is, several as one `ConfigError`."""
-        if len(self.found) == 1:
-            raise self.found[0]
-        if self.found:
-            raise ConfigError(f"{len(self.found)} faults\n" + "\n".join(f"- {error}" for error in self.found))
+        different = list({str(error): error for error in self.found}.values())
+        if len(different) == 1:
+            raise different[0]
+        if different:
+            raise ConfigError(f"{len(different)} faults\n" + "\n".join(f"- {error}" for error in different))
 
 
 class StoreLocked(BDMergeError):

@@ -26,7 +26,9 @@ def explain(model: type[BaseModel], data: Mapping[str, Any], fault: Any) -> str:
         return f"{place}.{TAG}: required and missing; add one of {', '.join(tags)}"
     if kind == "union_tag_invalid":
         return f"{place}.{TAG}: {value[TAG]!r} is none of {', '.join(tags)}{_did_you_mean(str(value[TAG]), tags)}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = (
+        str(fault["msg"]).removeprefix("Value error, ").replace("valid tuple", "list").replace("dictionary", "mapping")
+    )
     return f"{place}: {message}" + ("" if kind == "value_error" else f" (value {_short(value)})")
 
 
@@ -93,7 +95,9 @@ def _near(model: type[BaseModel], owner: type[BaseModel] | None, key: list[str])
     close = difflib.get_close_matches(key[-1], here, n=1)
     if close:
         return f"did you mean {'.'.join([*key[:-1], close[0]])}?"
-    elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == key[-1]]
+    everywhere = list(dict.fromkeys(_paths(model)))
+    names = difflib.get_close_matches(key[-1], {path.rpartition(".")[2] for path in everywhere}, n=1, cutoff=0.8)
+    elsewhere = [path for path in everywhere if path.rpartition(".")[2] in names]
     if elsewhere:
         return f"there is {' and '.join(elsewhere[:3])}"
     return f"known here: {', '.join(here)}" if here else "remove it"

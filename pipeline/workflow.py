@@ -8,7 +8,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.backbones.open_clip import input_size
 from pipeline.config import Resources, Spec, UserPath, load_yaml, parse
+from pipeline.data.corruptions import check_corruptions
 from pipeline.errors import ConfigError, Faults
 from pipeline.executors import Executor, RayExecutor, RaySpec, SerialExecutor, SerialSpec
 from pipeline.record import RunRecord
@@ -80,7 +82,7 @@ class Config(Spec):
         faults = [*self._task_faults(), *self._expert_faults()]
         stages = [stage.name for stage in STAGES]
         for name in sorted(set(self.resources) - set(stages)):
-            faults.append(f"resources.{name}: no stage is called so; {_nearest(name, stages)}")
+            faults.append(f"resources.{name}: there is no such stage; {_nearest(name, stages)}")
         if faults:
             raise ValueError("\n  ".join(faults))
         return self
@@ -106,13 +108,13 @@ class Config(Spec):
         for name in experts:
             if name not in names:
                 near = _nearest(name, without or names)
-                faults.append(f"models.experts.{name}: no task is called so; {near}, or remove it")
+                faults.append(f"models.experts.{name}: there is no such task; {near}")
         return faults
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(dict.fromkeys(known))}"
 
 
 STAGES: tuple[type[Stage], ...] = (
@@ -177,8 +179,12 @@ class Workflow:
         return [
             ("store", Store(self.store_path).check_usable),
             ("resources", self._check_resources),
+            ("corruptions", self._check_corruptions),
             *((f"inputs of {stage.name}", stage.check) for stage in self.stages),
         ]
+
+    def _check_corruptions(self) -> None:
+        check_corruptions(self.config.corrupt.corruptions, input_size(self.config.models.model))
 
     def _check_resources(self) -> None:
         """A local Ray would find it out as late as the stage begins, and a GPU that is missing would pass unsaid."""

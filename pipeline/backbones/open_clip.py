@@ -3,6 +3,7 @@
 Shape letters: B batch, C classes, D embedding width, W token width, H image height, S side of the square model input.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 import pipeline.backbones.torchvision_ops  # noqa: F401  must come before the first import of open_clip
 from pipeline.errors import ConfigError, DataError
+
+SHOWN = 20  # differences; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -110,16 +113,10 @@ def load_backbone(model_config: str | Path, state: Mapping[str, Tensor] | None =
     # The global generator is the only one open_clip's constructors know: seed it inside a fork and leave it as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = {key: value for key, value in config.items() if key != "custom_text"}
-        constructor = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-        model: Any = constructor(**settings)
-    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
-        raise ConfigError(
-            f"model {name!r}: its image tower is a {type(model.visual).__name__}, without the transformer blocks that "
-            "the router reads; choose a ViT"
-        )
+        model = _construct(name, config)
     if state is not None:
-        _fill(model, state, name)
+        check_fit(state, model.state_dict(), name)
+        model.load_state_dict(dict(state))
     settings = merge_preprocess_dict(PreprocessCfg(size=config["vision_cfg"].get("image_size", 224)), preprocess)
     side = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
     context = config["text_cfg"].get("context_length", 77)
@@ -134,6 +131,39 @@ def load_backbone(model_config: str | Path, state: Mapping[str, Tensor] | None =
         _resize=input_transform(settings),
         _tokenizer=open_clip.SimpleTokenizer(context_length=context),
     )
+
+
+def model_header(model_config: str | Path) -> dict[str, Tensor]:
+    """The model's state dict as meta tensors, names, shapes and dtypes: built without a single weight."""
+    name, config, _ = read_model_config(model_config)
+    with torch.device("meta"):
+        state: dict[str, Tensor] = _construct(name, config).state_dict()
+    return state
+
+
+def input_size(model_config: str | Path) -> int:
+    """S, the side of the model's input in pixels."""
+    _, config, preprocess = read_model_config(model_config)
+    size = preprocess.get("size", config["vision_cfg"].get("image_size", 224))
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _construct(name: str, config: Mapping[str, Any]) -> Any:
+    import open_clip
+
+    settings = {key: value for key, value in config.items() if key != "custom_text"}
+    constructor = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    try:
+        model = constructor(**settings)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model {name!r} cannot be built from its configuration ({reason}); correct it") from None
+    if not isinstance(model.visual, open_clip.transformer.VisionTransformer):
+        raise ConfigError(
+            f"model {name!r}: its image tower is a {type(model.visual).__name__}, without the transformer blocks that "
+            "the router reads; choose a ViT"
+        )
+    return model
 
 
 def input_transform(preprocess: Mapping[str, Any]) -> Any:
@@ -159,9 +189,13 @@ def read_model_config(model_config: str | Path) -> tuple[str, dict[str, Any], di
     except ValueError as error:
         raise ConfigError(f"model configuration {path} is not JSON ({error}); correct the file") from None
     config = data.get("model_cfg", data) if isinstance(data, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if missing:
-        raise ConfigError(f"model configuration {path} lacks {', '.join(missing)}; see open_clip's model_configs")
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        if not isinstance(config, dict) or key not in config:
+            raise ConfigError(f"model configuration {path} lacks {key}; see open_clip's model_configs")
+        if not isinstance(config[key], kind):
+            raise ConfigError(
+                f"model configuration {path}: {key} is {config[key]!r}, it must be of type {kind.__name__}; correct it"
+            )
     _refuse_hub_models(config, str(path))
     return path.stem, config, data.get("preprocess_cfg", {})
 
@@ -198,7 +232,7 @@ def _builtin(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if name not in open_clip.list_models():
         raise ConfigError(
             f"model {name!r} is neither a .json file nor one of open_clip's {len(open_clip.list_models())} models; "
-            "`python -c 'import open_clip; print(open_clip.list_models())'` lists them"
+            + _nearest_model(name, open_clip.list_models())
         )
     config: dict[str, Any] = open_clip.get_model_config(name)
     _refuse_hub_models(config, name)
@@ -217,8 +251,15 @@ def _refuse_hub_models(config: Mapping[str, Any], place: str) -> None:
         raise ConfigError(f"{place}: vision_cfg.timm_model_name is not supported; choose one of open_clip's own ViTs")
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    own = model.state_dict()
+def _nearest_model(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return "`python -c 'import open_clip; print(open_clip.list_models())'` lists them"
+
+
+def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
+    """Raise DataError with the differences unless `state` fills the whole model, whose own header is `own`."""
     faults = [f"missing {key} {tuple(own[key].shape)}" for key in own if key not in state]
     faults += [f"unexpected {key} {tuple(state[key].shape)}" for key in state if key not in own]
     faults += [
@@ -226,10 +267,13 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    if faults:
-        shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise DataError(
-            f"the checkpoint does not fit model {name!r} in {len(faults)} place(s); choose the model it was made with\n"
-            f"  {shown}"
-        )
-    model.load_state_dict(dict(state))
+    if not faults:
+        return
+    shown = "\n  ".join(faults[:SHOWN]) + (f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
+    tower_alone = not any(not key.startswith("visual.") for key in state)
+    advice = (
+        "it holds an image tower alone: the base must be the whole model, its text tower makes the class heads"
+        if tower_alone
+        else "choose the model it was made with"
+    )
+    raise DataError(f"the checkpoint does not fit model {name!r} in {len(faults)} place(s); {advice}\n  {shown}")

@@ -4,10 +4,12 @@ The package `imagecorruptions` draws from NumPy's global generator. It is import
 brings numba and OpenCV with it.
 """
 
+import difflib
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -66,10 +68,17 @@ def corruption_seed(seed: int, sample_id: str, corruption: str, severity: int) -
 
 
 def check_corruptions(names: Sequence[str], side: int) -> None:
-    """Raise ConfigError unless every name is known and images of `side` pixels are large enough."""
+    """Raise ConfigError unless they can be applied here: names known, package installed, images of `side` large enough.
+
+    Nothing is imported for it.
+    """
     unknown = [name for name in names if name not in ALL]
     if unknown or not names:
-        raise ConfigError(f"corruptions {unknown or list(names)!r} are not among {', '.join(ALL)}; correct the list")
+        near = difflib.get_close_matches(unknown[0], ALL, n=3) if unknown else []
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ALL)}"
+        raise ConfigError(f"corrupt.corruptions: there is no {unknown!r}; {hint}")
+    if find_spec("imagecorruptions") is None:
+        raise ConfigError("corruptions need the package imagecorruptions-imaug; `make setup` installs it")
     if side < MIN_SIDE:
         raise ConfigError(
             f"the corruptions need images of {MIN_SIDE} pixels or more, the model takes {side}; no levels"

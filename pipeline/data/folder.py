@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline.config import UserPath
 from pipeline.data.items import SPLITS, Block, Item, Reject, Split, draw_splits, listed_blocks, split_by_hash
 from pipeline.data.source import Source
 from pipeline.errors import ConfigError
@@ -21,7 +22,7 @@ class FolderSource(Source):
     """
 
     kind: Literal["folder"] = "folder"
-    path: Path
+    path: UserPath
     train_folder: str = "train"
     test_folder: str = "test"
     test_fraction: float = Field(default=0.2, ge=0.0, le=1.0)

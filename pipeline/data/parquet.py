@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipeline.config import UserPath
 from pipeline.data.items import Block, Item, Reject, Split, draw_splits, listed_blocks, split_by_hash
 from pipeline.data.source import Source
 from pipeline.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ class ParquetSource(Source):
     """
 
     kind: Literal["parquet"] = "parquet"
-    path: Path
+    path: UserPath
     image_column: str = "image"
     label_column: str | None = "label_name"
     split_column: str | None = "split"

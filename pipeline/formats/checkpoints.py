@@ -74,6 +74,16 @@ def declared_activation(path: Path) -> str | None:
         raise DataError(f"{path / 'config.json'}: not a model configuration ({error}); fetch it again") from None
 
 
+def check_finite(state: Mapping[str, Tensor], place: str) -> None:
+    """Raise DataError with the tensors' names when one holds NaN or infinity: no merged model could be right."""
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(
+            f"{place}: {', '.join(broken[:5])}{more} hold NaN or infinity; take an earlier checkpoint of this model"
+        )
+
+
 def write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write `state`; equal names and values give equal bytes, in whatever order they come."""
     # No metadata: its order in the file is not fixed. Clones: the format refuses tensors that share memory.

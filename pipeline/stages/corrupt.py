@@ -1,24 +1,24 @@
 """corrupt: the test images of every task, clean and at each corruption level, at the model's input size."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.config import Spec
-from pipeline.data.corruptions import DEFAULT, LEVELS, MIN_SIDE, check_corruptions, corrupt, corruption_seed
-from pipeline.errors import DataError
-from pipeline.formats.schemas import SAMPLES, TEST_IMAGES
+from pipeline.data.corruptions import DEFAULT, LEVELS, check_corruptions, corrupt, corruption_seed
+from pipeline.formats.schemas import REJECTS, SAMPLES, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import write_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.embed import repeated
-from pipeline.stages.images import ShardImages
+from pipeline.stages.embed import IN_ANOTHER_SHARD, repeated
+from pipeline.stages.images import ShardImages, left_out
 from pipeline.stages.models import input_transform_of
-from pipeline.stages.shard import of_split
+from pipeline.stages.shard import counted_rejects, of_split, reject_columns
 
 CLEAN = "clean"
 
@@ -28,26 +28,31 @@ class CorruptSpec(Spec):
 
     corruptions: tuple[str, ...] = Field(default=DEFAULT, min_length=1)
     levels: dict[str, Annotated[int, Field(ge=1, le=5)]] = Field(
-        default=LEVELS, description="level -> ImageNet-C severity"
+        default=LEVELS, min_length=1, description="level -> ImageNet-C severity"
     )
     every_corruption: bool = Field(
         default=False, description="each image under every corruption; otherwise under one, drawn by seed and image"
     )
     seed: int = Field(default=0, ge=0, description="of the corruptions; the run's own seed does not change them")
 
+    @field_validator("levels")
+    @classmethod
+    def _named(cls, levels: dict[str, int]) -> dict[str, int]:
+        # The names are part of the units' names, so of their directories'.
+        for name in levels:
+            if name == CLEAN or not re.fullmatch(r"[A-Za-z0-9_]{1,20}", name):
+                raise ValueError(f"{name!r} cannot be a level's name; take letters, digits and _, and not {CLEAN!r}")
+        return levels
+
 
 class Corrupt(Stage):
     """Makes the images that every model is judged on, once."""
 
     name: ClassVar[str] = "corrupt"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("shard", "base")
     what: ClassVar[str] = "make the clean and corrupted test images"
     spec: CorruptSpec
-
-    def check(self) -> None:
-        """Every corruption is known."""
-        check_corruptions(self.spec.corruptions, MIN_SIDE)
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit a test shard and level, such as `mnist-test-00000-L2`. Only the base's preprocessing counts."""
@@ -56,10 +61,6 @@ class Corrupt(Stage):
         check_corruptions(self.spec.corruptions, described["input_size"])
         settings = {"preprocess": described["preprocess"], "input_size": described["input_size"]}
         test = of_split(inputs["shard"], "test")
-        tasks = {shard.report["notes"]["task"] for shard in inputs["shard"]}
-        without = sorted(tasks - {shard.report["notes"]["task"] for shard in test if shard.report["rows_out"]})
-        if without:
-            raise DataError(f"tasks {', '.join(without)} have no test images, so nothing can be measured; add some")
         seen = repeated(inputs["shard"])
         return [
             Unit(
@@ -76,10 +77,13 @@ class Corrupt(Stage):
         return {name: value for name, value in super().hashed_spec().items() if name != "levels"}
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
-        """Write `images.npy` uint8 [n, S, S, 3] and `samples.parquet` (sample_id, task, label, corruption)."""
+        """Write `images.npy` uint8 [n, S, S, 3], `samples.parquet` (sample_id, task, label, corruption), rejects."""
         shard = unit.one("shard")
-        table = read_table(shard.file("samples.parquet"), SAMPLES, ["sample_id", "label"])
-        labels = dict(zip(table["sample_id"].to_pylist(), table["label"].to_pylist(), strict=True))
+        table = read_table(shard.file("samples.parquet"), SAMPLES, ["sample_id", "label", "source"])
+        ids = table["sample_id"].to_pylist()
+        labels = dict(zip(ids, table["label"].to_pylist(), strict=True))
+        source = dict(zip(ids, table["source"].to_pylist(), strict=True))
+        side = unit.settings["input_size"]
         report = StageReport(rows_in=len(labels), rows_out=0)
         with report.span("decode"):
             images = ShardImages.read(
@@ -94,7 +98,8 @@ class Corrupt(Stage):
                     seed = corruption_seed(self.spec.seed, sample_id, corruption, severity)
                     made.append(corrupt(pixels, corruption, severity, seed) if severity else pixels)
                     rows.append((sample_id, labels[sample_id], corruption))
-        write_vectors(out_dir / "images.npy", np.stack(made))
+        # A shard of nothing but repeated images is as good as any other: it adds no row.
+        write_vectors(out_dir / "images.npy", np.stack(made) if made else np.zeros((0, side, side, 3), np.uint8))
         columns = {
             "sample_id": [row[0] for row in rows],
             "task": [shard.report["notes"]["task"]] * len(rows),
@@ -102,8 +107,14 @@ class Corrupt(Stage):
             "corruption": [row[2] for row in rows],
         }
         write_table(out_dir / "samples.parquet", TEST_IMAGES, columns)
-        report.rows_out, report.rejected = len(images.sample_ids), len(labels) - len(images.sample_ids)
-        report.notes = {"task": shard.report["notes"]["task"], "level": unit.settings["level"]}
+        rejects = [(source[name], images.faults.get(name, IN_ANOTHER_SHARD)) for name in left_out(labels, images)]
+        write_table(out_dir / "rejects.parquet", REJECTS, reject_columns(rejects))
+        report.rows_out, report.rejected = len(images.sample_ids), len(rejects)
+        report.notes = {
+            "task": shard.report["notes"]["task"],
+            "level": unit.settings["level"],
+            "rejects": counted_rejects(reason for _, reason in rejects),
+        }
         return report
 
     def _corruptions_of(self, sample_id: str, severity: int) -> tuple[str, ...]:

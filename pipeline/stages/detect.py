@@ -69,6 +69,8 @@ class Detect(Stage):
         tables = []
         for part in unit.of("corrupt"):
             pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
+            if not len(pixels):
+                continue
             with report.span("forward_backward"):
                 features_AD, _ = features_of(
                     Static(backbone, backbone.visual), pixels, "", self.resources.batch_size, self.device

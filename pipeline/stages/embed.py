@@ -12,10 +12,12 @@ from pipeline.formats.schemas import EMBEDDED, REJECTS, SAMPLES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import write_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.images import ShardImages, to_input_of
+from pipeline.stages.images import ShardImages, left_out, to_input_of
 from pipeline.stages.models import open_backbone
-from pipeline.stages.shard import of_split, reject_columns
+from pipeline.stages.shard import counted_rejects, of_split, reject_columns
 from pipeline.store import Artefact
+
+IN_ANOTHER_SHARD = "duplicate: in another shard of the task"
 
 
 class EmbedSpec(Spec):
@@ -63,18 +65,14 @@ class Embed(Stage):
         empty = (np.zeros((0, backbone.embed_dim), np.float32), np.zeros((0, backbone.width), np.float32))
         write_vectors(out_dir / "features.npy", np.concatenate(features) if features else empty[0])
         write_vectors(out_dir / "tokens.npy", np.concatenate(tokens) if tokens else empty[1])
-        kept = set(images.sample_ids)
         source = dict(zip(samples["sample_id"].to_pylist(), samples["source"].to_pylist(), strict=True))
-        rejects = [
-            (source[name], "in another shard of the task" if name in repeated_ids else images.faults[name])
-            for name in source
-            if name not in kept
-        ]
-        task = shard.report["notes"]["task"]
-        columns = {"row": range(len(kept)), "sample_id": images.sample_ids, "task": [task] * len(kept)}
+        rejects = [(source[name], images.faults.get(name, IN_ANOTHER_SHARD)) for name in left_out(source, images)]
+        task, n_kept = shard.report["notes"]["task"], len(images.sample_ids)
+        columns = {"row": range(n_kept), "sample_id": images.sample_ids, "task": [task] * n_kept}
         write_table(out_dir / "samples.parquet", EMBEDDED, columns)
         write_table(out_dir / "rejects.parquet", REJECTS, reject_columns(rejects))
-        report.rows_out, report.rejected = len(kept), len(rejects)
+        report.rows_out, report.rejected = n_kept, len(rejects)
+        report.notes = {"task": task, "rejects": counted_rejects(reason for _, reason in rejects)}
         return report
 
 

@@ -4,13 +4,14 @@ Shape letters: B images, C classes, L unified classes, G layer groups, K experts
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bd_core.label_space import LabelSpace
@@ -33,12 +34,13 @@ from pipeline.stages.models import open_backbone
 from pipeline.stages.predictors import features_of
 from pipeline.store import Artefact
 
+SCORES = ("accuracy", "ece", "aurc")
+
 
 class EvaluateSpec(Spec):
     """How predictions are judged."""
 
-    bins: int = 15
-    protocols: tuple[str, ...] = ("task_known", "task_free")
+    bins: int = Field(default=15, ge=1, description="of the calibration error and the reliability diagram")
 
 
 class Evaluate(Stage):
@@ -75,6 +77,8 @@ class Evaluate(Stage):
         report = StageReport(rows_in=0, rows_out=0)
         for part in unit.of("corrupt"):
             pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
+            if not len(pixels):
+                continue
             with report.span("forward_backward"):
                 features, weights = features_of(
                     merged.predictor, pixels, part.report["notes"]["task"], self.resources.batch_size, self.device
@@ -86,7 +90,9 @@ class Evaluate(Stage):
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         write_table(out_dir / "predictions.parquet", PREDICTIONS, judge.predictions().to_pydict())
         means = metrics["protocols"]["task_known"]
-        report.metrics = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
+        found = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
+        report.metrics = {name: value for name, value in found.items() if value is not None}
+        report.notes = {"unlabelled": judge.unlabelled()}
         return report
 
 
@@ -143,6 +149,12 @@ class _Judge:
         """One row an image and level."""
         return pa.concat_tables(self._tables)
 
+    def unlabelled(self) -> dict[str, int]:
+        """{task: test images without a label}; they are predicted and routed, and no accuracy counts them."""
+        columns = self.predictions().to_pandas()
+        without = columns[(columns["label"] < 0) & (columns["level"] == CLEAN)]
+        return {task: int((without["task"] == task).sum()) for task in self._heads}
+
     def metrics(self, model: str) -> dict[str, Any]:
         """The content of `metrics.json`."""
         columns = self.predictions().to_pandas()
@@ -155,7 +167,11 @@ class _Judge:
             "tasks": list(self._heads),
             "levels": self._levels,
             "protocols": protocols,
-            "reliability": {level: self._reliability(columns[columns["level"] == level]) for level in self._levels},
+            "reliability": {
+                level: self._reliability(own)
+                for level in self._levels
+                if len(own := columns[columns["level"] == level])
+            },
             "router": self._router(),
             "cost": self._merged.cost,
         }
@@ -167,13 +183,17 @@ class _Judge:
             for task in self._heads:
                 own = columns[(columns["level"] == level) & (columns["task"] == task)]
                 tasks[task] = {"n": len(own), **self._scores(own, suffix)}
-            mean = {name: float(np.mean([t[name] for t in tasks.values()])) for name in ("accuracy", "ece", "aurc")}
+            measured = [scores for scores in tasks.values() if scores["n"]]
+            mean = {name: _mean([scores[name] for scores in measured]) for name in SCORES}
             clean = found[CLEAN]["mean"]["accuracy"] if found else mean["accuracy"]
-            mean["relative_drop"] = relative_drop(clean, mean["accuracy"]) if clean else 0.0
+            mean["relative_drop"] = _drop(clean, mean["accuracy"])
             found[level] = {"tasks": tasks, "mean": mean}
         return found
 
-    def _scores(self, own: Any, suffix: str) -> dict[str, float]:
+    def _scores(self, own: Any, suffix: str) -> dict[str, float | None]:
+        """Accuracy, calibration error and area under risk-coverage; None where no image has a label."""
+        if not len(own):
+            return dict.fromkeys(SCORES)
         prediction, label = (torch.tensor(own[f"{name}{suffix}"].to_numpy()) for name in ("prediction", "label"))
         confidence, correct = torch.tensor(own[f"confidence{suffix}"].to_numpy()), prediction == label
         return {
@@ -195,3 +215,13 @@ class _Judge:
             for level in self._levels
         }
         return {"groups": self._merged.groups, "experts": self._merged.experts, "mean_weights": mean}
+
+
+def _drop(clean: float | None, value: float | None) -> float | None:
+    if clean is None or value is None:
+        return None
+    return relative_drop(clean, value) if clean else 0.0
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

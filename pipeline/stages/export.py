@@ -1,11 +1,13 @@
 """export: every merged model as one artefact that `bd_core` alone can run, BD-Merging beside its competitors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field, field_validator
 
-from bd_core.methods import METHODS, merge, twin_merging
+from bd_core.methods import METHODS, adamerging, merge, twin_merging
 from bd_core.methods.registry import check_parameters, find_method
 from pipeline.config import Spec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -48,6 +50,7 @@ class ExportSpec(Spec):
             method = find_method(METHODS, name)
             given = {"logits": None, "batches": None} if name == "adamerging" else {}
             check_parameters(method, {**given, **parameters})
+            _try(name, parameters)
         return methods
 
 
@@ -164,3 +167,16 @@ class Export(Stage):
         report.metrics = {"router_task_accuracy": history[-1]["task_accuracy"]}
         write_routed(out_dir, parts.shared, parts.exclusive.expanded(), router, recipe)
         write_history(out_dir / "history.parquet", history)
+
+
+def _try(name: str, parameters: Mapping[str, Any]) -> None:
+    """Merge two models of four numbers, so that a value out of range is told before the first image is read."""
+    base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
+    try:
+        if name == "adamerging":
+            batches = iter([{"task": None}])
+            adamerging(base, experts, logits=lambda state, *_: state["weight"], batches=batches, **parameters)
+        else:
+            METHODS[name].function(base, experts, **parameters)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} with {dict(parameters)}: {error}; correct it") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from bd_core.losses import discrepancy_contrastive_loss, information_maximisation, unsupervised_loss
@@ -34,7 +34,7 @@ Variant = Literal["task", "layer"]
 class FitRouterSpec(Spec):
     """L_BD = L_Unsup + eta L_Dis (+ the information-maximisation term, ours). eta = 0.1 and 300 steps: the paper's."""
 
-    variants: tuple[Variant, ...] = Field(default=("task", "layer"), min_length=1)
+    variants: tuple[Variant, ...] = Field(default=("task", "layer"), min_length=1, max_length=2)
     steps: int = Field(default=300, ge=1)
     batch_per_task: int = Field(default=16, ge=2)
     learning_rate: float = Field(default=1e-3, gt=0, description="ours; AdaMerging's")
@@ -51,6 +51,13 @@ class FitRouterSpec(Spec):
     null_expert: bool = Field(default=False, description="lets the router stay at theta_0; ours")
     workers: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
+
+    @field_validator("variants")
+    @classmethod
+    def _differ(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        if len(set(variants)) != len(variants):
+            raise ValueError(f"{', '.join(variants)}: one is named twice; name each once")
+        return variants
 
 
 class FitRouter(FitStage):

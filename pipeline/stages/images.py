@@ -3,7 +3,7 @@
 Shape letters: N images, S input side, B batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Self
@@ -49,6 +49,12 @@ class ShardImages:
                 faults[sample.sample_id] = f"does not decode: {error}"
         stacked = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8)
         return cls(ids, torch.from_numpy(stacked), faults)
+
+
+def left_out(sample_ids: Iterable[str], images: ShardImages) -> list[str]:
+    """Those of a shard's ids that `images` does not hold, in their order."""
+    kept = set(images.sample_ids)
+    return [sample_id for sample_id in sample_ids if sample_id not in kept]
 
 
 def to_input_of(backbone: Backbone) -> ToInput:

@@ -41,8 +41,9 @@ def write_model_card(directory: Path, unit: Unit) -> None:
     made_from = "\n".join(f"- `{parent.stage}/{parent.unit}` {parent.digest[:12]}" for parent in parents)
     kind = "merged for every sample by a router" if routed else "one merged image tower"
     text = (
-        f"# {unit.id}\n\nMethod `{unit.settings['method']}`, {kind}. `recipe.json` holds method, parameters and layer "
-        f"groups; class heads are those of the base.\n\nMade from:\n\n{made_from}\n\nTo run it with `bd_core` alone:\n\n"
+        f"# {unit.id}\n\nMethod `{unit.settings['method']}`, {kind}. `recipe.json` holds method, parameters and "
+        f"layer groups; class heads are those of the base.\n\nMade from:\n\n{made_from}\n\n"
+        "To run it with `bd_core` alone:\n\n"
         f"```python\n{ROUTED if routed else STATIC}```\n"
     )
     (directory / "MODEL_CARD.md").write_text(text, encoding="utf-8")

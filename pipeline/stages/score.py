@@ -32,7 +32,7 @@ class ScoreSpec(Spec):
 
     sharpness: Literal["paper", "positive"] = "positive"
     factors: tuple[Factor, ...] = Field(
-        default=("sharpness", "divergence", "conflict"), description="leave one out for an ablation"
+        default=("sharpness", "divergence", "conflict"), min_length=1, description="leave one out for an ablation"
     )
     max_negative_sharpness: float = Field(
         default=0.05, ge=0, le=1, description="with `paper`: refuse when more anchors than this have Sharp < 0; ours"

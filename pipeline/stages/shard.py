@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from bd_core.label_space import unify_labels
 from pipeline.config import Resources, Spec
 from pipeline.data.images import MAX_PIXELS, ImageFacts, inspect_image
-from pipeline.data.items import Block, Item, Reject
+from pipeline.data.items import SPLITS, Block, Item, Reject
 from pipeline.data.source import Source
 from pipeline.data.sources import AnySource
-from pipeline.errors import DataError
+from pipeline.errors import BDMergeError, ConfigError, DataError, Faults
 from pipeline.formats.schemas import REJECTS, SAMPLES
 from pipeline.formats.shards import ShardSample, ShardWriter
 from pipeline.formats.tables import write_table
@@ -30,6 +31,18 @@ class TaskSpec(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]{0,30}$")
     source: AnySource
     templates: tuple[str, ...] = Field(default=DEFAULT_TEMPLATES, min_length=1, description="{} is the class name")
+
+    @field_validator("templates")
+    @classmethod
+    def _hold_the_class_name(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            try:
+                filled = template.format("class name")
+            except (ValueError, KeyError, IndexError, AttributeError):
+                filled = ""
+            if "class name" not in filled:
+                raise ValueError(f"{template!r} must hold {{}} once, for the class name, and no other braces")
+        return templates
 
 
 class ShardSpec(Spec):
@@ -52,8 +65,29 @@ class Shard(Stage):
         self._tasks = tuple(tasks)
 
     def check(self) -> None:
-        """Every source is there, has class names and has images."""
-        self.units({})
+        """Every source is there, has distinct class names, its labels among them, and images to train and to test."""
+        faults = Faults()
+        for task in self._tasks:
+            with faults.collect():
+                self._check_task(task)
+        faults.raise_any()
+
+    def _check_task(self, task: TaskSpec) -> None:
+        try:
+            classes = task.source.classes()
+            blocks = task.source.blocks(self.spec.images_per_shard)
+            unify_labels({task.name: classes})
+        except BDMergeError as error:
+            raise type(error)(f"task {task.name}: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"task {task.name}: {error}") from None
+        check_labels(task.name, (item.label for block in blocks for item in block.items), classes)
+        for split in SPLITS:
+            if not any(block.split == split for block in blocks):
+                raise ConfigError(
+                    f"task {task.name}: no {split} images, and both splits are needed; add some, or change the split "
+                    "(test_fraction, or the split column)"
+                )
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit a block of a source, such as `mnist-train-00000`."""
@@ -90,7 +124,7 @@ class Shard(Stage):
                     continue
                 kept[sample_id] = (item, data, facts)
         report.rows_out, report.rejected = len(kept), len(rejects)
-        report.notes["rejects"] = _counted(reason for _, reason in rejects)
+        report.notes["rejects"] = counted_rejects(reason for _, reason in rejects)
         with ShardWriter(out_dir / "images.tar") as writer:
             for sample_id, (_, data, facts) in sorted(kept.items()):
                 writer.add(ShardSample(sample_id, facts.extension, data, {"task": task, "split": block.split}))
@@ -104,9 +138,7 @@ def _columns(
     kept: dict[str, tuple[Item, bytes, ImageFacts]], task: str, classes: list[str], block: Block
 ) -> dict[str, list[Any]]:
     rows = [(sample_id, *kept[sample_id]) for sample_id in sorted(kept)]
-    unknown = sorted({item.label for _, item, _, _ in rows if item.label is not None} - set(classes))
-    if unknown:
-        raise DataError(f"task {task}: labels {unknown[:3]} are none of its {len(classes)} classes; list them there")
+    check_labels(task, (item.label for _, item, _, _ in rows), classes)
     index = {name: number for number, name in enumerate(classes)}
     return {
         "row": list(range(len(rows))),
@@ -126,7 +158,18 @@ def reject_columns(rejects: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     return {"source": [source for source, _ in ordered], "reason": [reason for _, reason in ordered]}
 
 
-def _counted(reasons: Any) -> dict[str, int]:
+def check_labels(task: str, labels: Iterable[str | None], classes: Sequence[str]) -> None:
+    """Raise DataError unless every label is one of `classes`; None is no label."""
+    unknown = sorted({label for label in labels if label is not None} - set(classes))
+    if unknown:
+        raise DataError(
+            f"task {task}: labels {', '.join(map(repr, unknown[:3]))} are none of its {len(classes)} classes; add them "
+            "to class_names, or correct the labels"
+        )
+
+
+def counted_rejects(reasons: Iterable[str]) -> dict[str, int]:
+    """{kind of reason: how often}, for the report's notes."""
     counts: dict[str, int] = {}
     for reason in reasons:
         kind = reason.split(":")[0].split(" of ")[0]
@@ -142,6 +185,21 @@ def classes_of(shards: Sequence[Artefact]) -> dict[str, tuple[str, ...]]:
             shard.report["notes"]["task"], tuple(json.loads(shard.file("classes.json").read_text(encoding="utf-8")))
         )
     return found
+
+
+def check_splits(shards: Sequence[Artefact]) -> None:
+    """Raise DataError unless every task has images in both splits that could be read: before anything is made of them.
+
+    A folder may have held files for both, and all of one split may have been rejects.
+    """
+    tasks = dict.fromkeys(shard.report["notes"]["task"] for shard in shards)
+    for task in tasks:
+        for split in SPLITS:
+            own = of_split(shards, split, task)
+            if not sum(shard.report["rows_out"] for shard in own):
+                rejected = sum(shard.report["rejected"] for shard in own)
+                why = f"; {rejected} rejected, see {own[0].file('rejects.parquet')}" if rejected else ""
+                raise DataError(f"task {task}: no {split} image could be read{why}; add some")
 
 
 def of_split(shards: Sequence[Artefact], split: str, task: str | None = None) -> list[Artefact]:

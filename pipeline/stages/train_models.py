@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.backbones.open_clip import Backbone, load_backbone
+from pipeline.backbones.open_clip import Backbone, load_backbone, read_model_config
 from pipeline.config import Resources, Spec
 from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -22,7 +22,7 @@ from pipeline.stages.base_files import write_base
 from pipeline.stages.fit_head import class_heads
 from pipeline.stages.images import LabelledImages
 from pipeline.stages.models import VISUAL, open_backbone
-from pipeline.stages.shard import TaskSpec, classes_of
+from pipeline.stages.shard import TaskSpec, check_splits, classes_of
 from pipeline.store import Store
 from pipeline.training.context import LocalContext
 from pipeline.training.history import write_history
@@ -54,9 +54,7 @@ class _Trained(Stage):
         self._tasks = tuple(tasks)
 
     def check(self) -> None:
-        """The model configuration can be read and built here."""
-        from pipeline.backbones.open_clip import read_model_config
-
+        """The model configuration can be read."""
         read_model_config(self.spec.model)
 
     def _optimise(self, module: nn.Module, loss: Any, steps: int, rate: float, out_dir: Path) -> list[dict[str, float]]:
@@ -92,6 +90,7 @@ class TrainBase(_Trained):
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit: the base."""
+        check_splits(inputs["shard"])
         train = tuple(shard for shard in inputs["shard"] if shard.report["notes"]["split"] == "train")
         return [Unit("base", inputs=train)]
 

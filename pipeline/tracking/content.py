@@ -113,8 +113,9 @@ def _results(artefacts: Artefacts, by_model: bool = False) -> list[Point]:
     for row in run_rows(artefacts):
         head = (row.model, row.protocol) if by_model else (row.protocol,)
         for level, accuracy in row.accuracy.items():
-            points.append(Point(metric_name(*head, level, "accuracy"), accuracy))
-            points.append(Point(metric_name(*head, level, "relative_drop"), row.relative_drop[level]))
+            for name, value in (("accuracy", accuracy), ("relative_drop", row.relative_drop[level])):
+                if value is not None:
+                    points.append(Point(metric_name(*head, level, name), value))
     return points
 
 
