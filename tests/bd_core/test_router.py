@@ -47,12 +47,23 @@ def test_forward_is_the_definition() -> None:
         (state["layers.2.weight"], state["layers.2.bias"]),
     )
     for b in range(4):
-        hidden = first[0] @ tokens[b] + first[1]
+        centred = (tokens[b] - state["token_mean"]) / state["token_scale"]
+        hidden = first[0] @ centred + first[1]
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
         out = second[0] @ hidden + second[1]
         for g in range(2):
             exponentials = out[3 * g : 3 * g + 3].exp()
             torch.testing.assert_close(router(tokens)[b, g], (exponentials / exponentials.sum())[:2])
+
+
+def test_standardise_centres_tokens_and_brings_them_to_unit_mean_square() -> None:
+    tokens = 7 + 30 * torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    router, plain = (Router(6, 3, generator=torch.Generator().manual_seed(1)).double() for _ in range(2))
+    router.standardise(tokens)
+    centred = tokens - tokens.mean(dim=0)
+    torch.testing.assert_close(router(tokens), plain(centred / centred.square().mean().sqrt()))
+    router.standardise(torch.ones(4, 6, dtype=torch.float64))  # no spread to divide by
+    assert torch.isfinite(router(torch.ones(4, 6, dtype=torch.float64))).all()
 
 
 def test_null_expert_can_take_all_the_weight() -> None:
