@@ -27,7 +27,7 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file such as configs/demo.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. seed=1 fit_router.steps=100.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. seed=1 fit_router.steps=100.")
 ]
 StoreOption = Annotated[Path, typer.Option("--store", envvar="BD_STORE", help="The store's directory.")]
 INTERRUPTED = 130
@@ -36,7 +36,12 @@ DEFAULT_STORE = Path("bd-store")
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run the pipeline; what the store already holds is reused, so the same command resumes an interrupted run."""
+    """Run the pipeline; what the store holds is reused, so the same command resumes an interrupted run.
+
+    \b
+    Example:
+      bd-merge run configs/demo.yaml seed=1 executor.kind=serial
+    """
     from pipeline.run import resume_command
     from pipeline.run import run as run_workflow
     from pipeline.show import show_run
@@ -49,7 +54,12 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show what would run, what is reused and why, with an estimate of time and disk; changes nothing."""
+    """Show what would run, what is reused and why, with estimates of time, disk and memory; change nothing.
+
+    \b
+    Example:
+      bd-merge plan configs/demo.yaml fit_router.steps=600
+    """
     from pipeline.show import show_plan
     from pipeline.workflow import Workflow
 
@@ -60,7 +70,12 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def status(store: StoreOption = DEFAULT_STORE) -> None:
-    """List the runs of a store, how far each got and how much disk its units take."""
+    """List the runs of a store, how far each got and how much disk its units take.
+
+    \b
+    Example:
+      bd-merge status --store bd-store
+    """
     from pipeline.show import show_status
 
     show_status(_store(store))
@@ -68,11 +83,16 @@ def status(store: StoreOption = DEFAULT_STORE) -> None:
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="Also check this configuration.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="Also check this configuration.")] = None,
     overrides: Overrides = None,
     contents: Annotated[bool, typer.Option("--contents", help="Hash every file of the store again.")] = False,
 ) -> None:
-    """Check environment, configuration, data and checkpoints before any long work."""
+    """Check environment, configuration, data and checkpoints before any long work; exit code 2 when one is unfit.
+
+    \b
+    Example:
+      bd-merge doctor configs/local.yaml
+    """
     from pipeline.doctor import examine
     from pipeline.show import show_findings
 
@@ -88,7 +108,12 @@ def gc(
     keep: Annotated[int | None, typer.Option("--keep", min=0, help="Also forget all but the N newest runs.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Remove the units that no run pins, and what killed runs left behind."""
+    """Remove the units that no run pins, and what killed runs left behind.
+
+    \b
+    Example:
+      bd-merge gc --keep 3 --dry-run
+    """
     from pipeline.gc import collect
     from pipeline.show import show_removed
 
@@ -97,10 +122,15 @@ def gc(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run ids, or their beginnings.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run ids, or their beginnings.")],
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Put runs side by side: accuracy of every method at every level, and the options that differ."""
+    """Put runs side by side: accuracy of every method at every level, and the options that differ.
+
+    \b
+    Example:
+      bd-merge compare demo-1a2b demo-3c4d
+    """
     from pipeline.show import show_comparison
 
     show_comparison(_store(store), runs)
@@ -113,7 +143,12 @@ def track(
     uri: Annotated[str | None, typer.Option(help="MLflow server; default: the sqlite file in the store.")] = None,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "bd-merging",
 ) -> None:
-    """Write a finished run into MLflow again, from the store alone, after the tracker was down."""
+    """Write a finished run into MLflow again, from the store alone, after the tracker was down.
+
+    \b
+    Example:
+      bd-merge track demo-1a2b --uri http://mlflow:5000
+    """
     from pipeline.errors import UnitsFailed
     from pipeline.record import read_record
     from pipeline.tracking import track_run
@@ -142,7 +177,7 @@ def main() -> NoReturn:
     # A job system ends with SIGTERM what a person ends with Ctrl-C: both leave the store clean.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=True, prog_name="bd-merge")
     except BDMergeError as error:
         sys.stderr.write(f"bd-merge: {error}\n")
         sys.exit(error.exit_code)

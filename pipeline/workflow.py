@@ -191,7 +191,7 @@ class Workflow:
         spec = self.config.executor
         if isinstance(spec, RaySpec) and spec.address != "local":
             return
-        cpus = (spec.cpus if isinstance(spec, RaySpec) else None) or os.cpu_count() or 1
+        cpus = self.parallelism
         faults = Faults()
         for stage in self.stages:
             workers = stage.workers if isinstance(stage, FitStage) else 1
@@ -222,7 +222,15 @@ class Workflow:
         """The executor that the configuration asks for, started."""
         if isinstance(self.config.executor, SerialSpec):
             return SerialExecutor(store, run_id)
-        return RayExecutor(self.config.executor, store, run_id)
+        return RayExecutor(self.config.executor, store, run_id, self.stages)
+
+    @property
+    def parallelism(self) -> int:
+        """Units that can run at a time; 1 for a cluster, whose size nobody has asked for."""
+        spec = self.config.executor
+        if isinstance(spec, SerialSpec) or spec.address != "local":
+            return 1
+        return spec.cpus or os.cpu_count() or 1
 
     def track(self, record: RunRecord, artefacts: Mapping[str, Sequence[Artefact]]) -> str | None:
         """Where the run can be seen in MLflow; None when tracking is off or the tracker is down."""

@@ -61,6 +61,10 @@ class FolderSource(Source):
             except OSError as error:
                 yield item, Reject(f"cannot be read: {error.strerror}")
 
+    def size_bytes(self) -> float | None:
+        """Bytes of all files, those that a cap leaves out too."""
+        return float(sum(file.stat().st_size for root in self._roots().values() for file in _files_below(root)))
+
     def _roots(self) -> dict[Split | None, Path]:
         """{split: its folder}, or {None: path} where the split is made by hash."""
         if not self.path.is_dir():

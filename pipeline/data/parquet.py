@@ -54,6 +54,10 @@ class ParquetSource(Source):
             items = {int(item.reference.rpartition("#")[2]): item for item in group}
             yield from self._read_rows(files[name], items)
 
+    def size_bytes(self) -> float | None:
+        """Bytes of the files, other columns included."""
+        return float(sum(path.stat().st_size for path in self._files()))
+
     def _read_rows(self, path: Path, items: dict[int, Item]) -> Iterator[tuple[Item, bytes | Reject]]:
         file = _open(path)
         start = 0

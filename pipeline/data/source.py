@@ -27,6 +27,10 @@ class Source(Spec):
         Cheap: no image is opened. Raises ConfigError for what is missing or empty, DataError for what is unreadable.
         """
 
+    def size_bytes(self) -> float | None:
+        """Bytes of all encoded images at most; None where only reading them would tell."""
+        return None
+
     @abstractmethod
     def read(self, block: Block) -> Iterator[tuple[Item, bytes | Reject]]:
         """Every image of `block`, encoded, in a fixed order; a Reject for one that can no longer be read."""
