@@ -57,7 +57,7 @@ def show_plan(workflow: Workflow) -> None:
     waiting: list[str] = []
     for plan in walk(workflow.stages, store):
         name = plan.stage.name if isinstance(plan, StagePlan) else plan.name
-        at_most = f"≈ {told[name] / 2**20:.1f}" if name in told else "?"
+        at_most = f"≈ {_or_unknown(_mib(told[name]), True)}".replace("≈ <", "<") if name in told else "?"
         if not isinstance(plan, StagePlan):
             after = next(need for need in plan.needs if need in waiting)
             table.add_row(name, "?", "?", "?", at_most, "?", f"after {after}")
@@ -78,8 +78,8 @@ def show_plan(workflow: Workflow) -> None:
         )
     CONSOLE.print(table)
     CONSOLE.print(
-        "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none: ≈ is the "
-        "most that the size of images and models can come to, ? is not known before."
+        "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none, ≈ is the "
+        "most\nthat the size of images and models can come to, and ? is not known before."
     )
 
 
@@ -88,10 +88,10 @@ def _reasons(plan: StagePlan, history: Sequence[Manifest]) -> str:
     because: dict[str, list[str]] = {}
     for each in plan.missing:
         because.setdefault(reason(plan, each, history), []).append(each.unit.id)
-    shown = [
-        f"{', '.join(units[:REASONS_SHOWN])}{f' and {len(units) - REASONS_SHOWN} more' * (len(units) > REASONS_SHOWN)}: {why}"
-        for why, units in list(because.items())[:REASONS_SHOWN]
-    ]
+    shown = []
+    for why, units in list(because.items())[:REASONS_SHOWN]:
+        others = f" and {len(units) - REASONS_SHOWN} more" if len(units) > REASONS_SHOWN else ""
+        shown.append(f"{', '.join(units[:REASONS_SHOWN])}{others}: {why}")
     more = len(because) - len(shown)
     return "; ".join(shown) + (f"; and {more} more reasons" if more else "")
 
@@ -153,4 +153,4 @@ def _mib(size_bytes: float | None) -> float | None:
 def _or_unknown(value: float | None, needed: bool) -> str:
     if not needed:
         return "0"
-    return "?" if value is None else f"{value:.1f}"
+    return "?" if value is None else "< 0.1" if value < 0.05 else f"{value:.1f}"

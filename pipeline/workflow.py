@@ -180,7 +180,7 @@ class Workflow:
             ("store", Store(self.store_path).check_usable),
             ("resources", self._check_resources),
             ("corruptions", self._check_corruptions),
-            *((f"inputs of {stage.name}", stage.check) for stage in self.stages),
+            *((f"inputs of {s.name}", s.check) for s in self.stages if type(s).check is not Stage.check),
         ]
 
     def _check_corruptions(self) -> None:
