@@ -105,12 +105,16 @@ class UnitRunner:
             return stage.fit(unit, directory, self.context)
         return stage.process(unit, directory)
 
-    def accompany(self, stage: Stage, planned: Planned) -> None:
-        """Fit beside the worker that commits: the same steps, nothing kept."""
-        _pin_threads(stage.resources.threads, planned.key)
-        stage.setup(planned.unit)
-        with tempfile.TemporaryDirectory() as directory:
-            self._process(stage, planned.unit, Path(directory))
+    def accompany(self, stage: Stage, planned: Planned) -> Outcome | None:
+        """Fit beside the worker that commits: the same steps, nothing kept. An outcome only when it failed."""
+        try:
+            _pin_threads(stage.resources.threads, planned.key)
+            stage.setup(planned.unit)
+            with tempfile.TemporaryDirectory() as directory:
+                self._process(stage, planned.unit, Path(directory))
+        except Exception as error:  # noqa: BLE001 - the same edge as above, on another worker
+            return failed(self.store, self.run_id, stage.name, planned.unit.id, error)
+        return None
 
 
 def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseException) -> Outcome:

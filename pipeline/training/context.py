@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +14,11 @@ from pipeline import logs
 
 
 class TrainingContext(Protocol):
-    """One of `world_size` workers that fit the same module on different slices of each batch."""
+    """One or all of `world_size` workers that fit the same module on different slices of each batch."""
 
-    rank: int
     world_size: int
+    # Whose slices are computed here: one worker's in a job of several, everyone's in a single process.
+    ranks: Sequence[int]
 
     def load(self) -> dict[str, Any] | None:
         """The state saved last, or None at the start."""
@@ -27,18 +29,17 @@ class TrainingContext(Protocol):
         ...
 
     def average_gradients(self, module: nn.Module) -> None:
-        """Replace every gradient by its mean over the workers."""
+        """Replace every gradient, the sum over `ranks`, by its mean over all workers."""
         ...
 
 
 class LocalContext:
-    """A fit in this process; its state is one file, replaced atomically."""
+    """A fit in this process, which does every worker's part in turn; its state is one file, replaced atomically."""
 
-    rank = 0
-    world_size = 1
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, world_size: int = 1) -> None:
         self._path = directory / "state.pt"
+        self.world_size = world_size
+        self.ranks = range(world_size)
 
     def load(self) -> dict[str, Any] | None:
         """The state saved last, or None at the start."""
@@ -49,7 +50,11 @@ class LocalContext:
         write_state(self._path, state)
 
     def average_gradients(self, module: nn.Module) -> None:
-        """A single worker's gradients are their own mean."""
+        """Divide the gradients, which the workers' parts have added up in order."""
+        if self.world_size > 1:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= self.world_size
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

@@ -22,4 +22,4 @@ class FitStage(Stage):
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Fit one unit in this process."""
-        return self.fit(unit, out_dir, LocalContext(Store.state_beside(out_dir)))
+        return self.fit(unit, out_dir, LocalContext(Store.state_beside(out_dir), self.workers))

@@ -27,9 +27,9 @@ def optimise(
     clip_norm: float | None = None,
     checkpoint_every: int = 100,
 ) -> History:
-    """The loss terms of every step; `module` is fitted in place with Adam(W).
+    """The loss terms of every step, as the first worker here saw them; `module` is fitted in place with Adam(W).
 
-    `step_loss(generator)` gives the loss of this worker's slice of one batch and its terms. The generator depends only
+    `step_loss(generator)` gives the loss of one worker's slice of one batch and its terms. The generator depends only
     on (seed, step, worker), so a resumed fit draws what an undisturbed one would have drawn.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -44,15 +44,18 @@ def optimise(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * schedule(step, steps, warmup_steps, cosine)
         optimiser.zero_grad(set_to_none=True)
-        loss, terms = step_loss(step_generator(seed, step, context.rank))
-        if not torch.isfinite(loss):
-            raise DataError(f"step {step}: the loss is {loss.item()} with terms {terms}; lower the learning rate")
-        loss.backward()  # type: ignore[no-untyped-call]
+        row: dict[str, float] = {}
+        for rank in context.ranks:
+            loss, terms = step_loss(step_generator(seed, step, rank))
+            if not torch.isfinite(loss):
+                raise DataError(f"step {step}: the loss is {loss.item()} with terms {terms}; lower the learning rate")
+            loss.backward()  # type: ignore[no-untyped-call]
+            row = row or {"step": float(step), "loss": loss.item(), **terms}
         context.average_gradients(module)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimiser.step()
-        history.append({"step": float(step), "loss": loss.item(), **terms})
+        history.append(row)
         if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < steps:
             context.save(_state(module, optimiser, history), history[-1])
     return history
