@@ -100,29 +100,27 @@ class RaySession:
 
     def total(self, resource: str) -> float:
         """How much of `resource` all nodes have together."""
-        return sum(node["Resources"].get(resource, 0.0) for node in self._nodes())
+        return float(sum(node["Resources"].get(resource, 0.0) for node in self._nodes()))
 
     def check(self, stage: Stage) -> None:
         """`ConfigError` when `stage` asks for more than there is: its units would wait for ever."""
         workers = stage.workers if isinstance(stage, FitStage) else 1
         for resource, option in (("CPU", "cpus"), ("GPU", "gpus")):
             wanted = getattr(stage.resources, option)
+            key = f"resources.{stage.name}.{option}"
+            there = f"the Ray at {self.spec.address}"
+            more = ", or add nodes" if self.spec.address != LOCAL else ", or set executor.cpus" * (resource == "CPU")
             largest = max((node["Resources"].get(resource, 0.0) for node in self._nodes()), default=0.0)
             if wanted > largest:
                 raise ConfigError(
-                    f"resources.{stage.name}.{option}: {wanted:g} {resource} for one unit, the largest node of the Ray "
-                    f"at {self.spec.address} has {largest:g}; lower it{self._or_more(resource)}"
+                    f"{key}: a unit wants {wanted:g} {resource}, the largest node of {there} has {largest:g}; "
+                    f"lower it{more}"
                 )
             if wanted * workers > self.total(resource):
                 raise ConfigError(
-                    f"{stage.name}.workers: {workers} with resources.{stage.name}.{option}={wanted:g} each, the Ray at "
-                    f"{self.spec.address} has {self.total(resource):g} {resource}; lower either{self._or_more(resource)}"
+                    f"{stage.name}.workers: {workers} workers with {key}={wanted:g} each, {there} has "
+                    f"{self.total(resource):g} {resource}; lower either{more}"
                 )
-
-    def _or_more(self, resource: str) -> str:
-        if self.spec.address != LOCAL:
-            return ", or add nodes"
-        return ", or set executor.cpus" if resource == "CPU" else ""
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class RayContext:
         context = train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
-        self.ranks = (self.rank,)
+        self.ranks: Sequence[int] = (self.rank,)
         self._directory = directory
 
     def load(self) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class LocalContext:
     def __init__(self, directory: Path, world_size: int = 1) -> None:
         self._path = directory / "state.pt"
         self.world_size = world_size
-        self.ranks = range(world_size)
+        self.ranks: Sequence[int] = range(world_size)
 
     def load(self) -> dict[str, Any] | None:
         """The state saved last, or None at the start."""
