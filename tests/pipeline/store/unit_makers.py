@@ -19,15 +19,14 @@ def write_files(directory: Path) -> dict[str, Any]:
 
 
 def key_of(unit: str, **changes: Any) -> str:
-    return unit_key(
-        **{"stage": "made", "version": 1, "spec": {}, "settings": {}, "inputs": [], "seed": None, **changes}
-    )
+    parts = {"stage": "made", "version": 1, "spec": {}, "settings": {"unit": unit}, "inputs": [], "seed": None}
+    return unit_key(**{**parts, **changes})
 
 
 def commit_unit(
     store: Store, unit: str = "unit", produce: Callable[[Path], Any] = write_files, stage: str = "made"
 ) -> Artefact:
-    key = key_of(unit, stage=stage, settings={"unit": unit})
+    key = key_of(unit, stage=stage)
     return commit(
         store,
         produce,

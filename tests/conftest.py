@@ -4,34 +4,15 @@
 `finished_store`  (session): a `Finished`, the store of one finished serial run; read it, never change it.
 `finished_copy`   (function): a `Finished` of the test's own, project and store copied with their times of change, so
                   that every unit of the store is found again.
+
+The pipeline is imported by the fixtures, so that tests of `bd_core` alone do without it.
 """
 
-import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from finished import Finished, copied
 from tiny import Tiny, make_tiny
-
-from pipeline.record import RunRecord
-from pipeline.run import run
-from pipeline.store import Store
-from pipeline.workflow import Workflow
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A project, its configuration file, the store in which it has run, and the record of that run."""
-
-    tiny: Tiny
-    config: Path
-    path: Path
-    run_id: str
-
-    @property
-    def store(self) -> Store:
-        return Store(self.path)
 
 
 @pytest.fixture(scope="session")
@@ -46,9 +27,12 @@ def tiny_project(tiny_original: Tiny, tmp_path: Path) -> Tiny:
 
 @pytest.fixture(scope="session")
 def finished_store(tiny_original: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    from pipeline.run import run
+    from pipeline.workflow import Workflow
+
     tiny = copied(tiny_original, tmp_path_factory.mktemp("finished") / "project")
     config = tiny.write()
-    record: RunRecord = run(Workflow.load(config), f"bd-merge run {config}")
+    record = run(Workflow.load(config), f"bd-merge run {config}")
     return Finished(tiny, config, tiny.root / "store", record.run_id)
 
 
@@ -56,9 +40,3 @@ def finished_store(tiny_original: Tiny, tmp_path_factory: pytest.TempPathFactory
 def finished_copy(finished_store: Finished, tmp_path: Path) -> Finished:
     tiny = copied(finished_store.tiny, tmp_path / "project")
     return Finished(tiny, tiny.write(), tiny.root / "store", finished_store.run_id)
-
-
-def copied(tiny: Tiny, root: Path) -> Tiny:
-    """The same project below `root`: equal bytes and times of change, so equal keys."""
-    shutil.copytree(tiny.root, root)
-    return Tiny(root, json.loads(json.dumps(tiny.config).replace(str(tiny.root), str(root))))
