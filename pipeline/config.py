@@ -108,4 +108,8 @@ def _override(merged: Any, override: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    """The error without line breaks; OmegaConf's without its class names, led by the key it is about."""
+    key = getattr(error, "full_key", None)
+    if key:
+        return f"{key}: {str(error).splitlines()[0].removeprefix('KeyError raised while resolving interpolation: ')}"
     return " ".join(str(error).split())

@@ -1,6 +1,6 @@
 """The two errors a user can cause, and the one that reports failed units. Messages hold value, place and next step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -14,6 +14,14 @@ class ConfigError(BDMergeError):
     """The user's mistake: a configuration, path or option that cannot work as given."""
 
     exit_code = 2
+
+
+class SeveralFaults(ConfigError):
+    """Several of the user's mistakes, each told on its own line."""
+
+    def __init__(self, parts: Sequence[BDMergeError]) -> None:
+        super().__init__(f"{len(parts)} faults\n" + "\n".join(f"- {part}" for part in parts))
+        self.parts = tuple(parts)
 
 
 class DataError(BDMergeError):
@@ -38,11 +46,12 @@ class Faults:
 
     def raise_any(self) -> None:
         """Raise what was found: one error as it is, several as one `ConfigError`."""
-        different = list({str(error): error for error in self.found}.values())
+        flat = [part for error in self.found for part in getattr(error, "parts", (error,))]
+        different = list({str(error): error for error in flat}.values())
         if len(different) == 1:
             raise different[0]
         if different:
-            raise ConfigError(f"{len(different)} faults\n" + "\n".join(f"- {error}" for error in different))
+            raise SeveralFaults(different)
 
 
 class StoreLocked(BDMergeError):

@@ -30,7 +30,7 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
         "shard": _total([source.size_bytes() for source in sources]),
         "base": full,
         "experts": n_tasks * tower,
-        "export": n_static * tower + len(routed) * (1 + n_tasks) * tower,
+        "export": n_static * tower + len(routed) * (2 + n_tasks) * tower,
     }
     width, dim = (model[name].shape[axis] for name, axis in (("visual.class_embedding", 0), ("visual.proj", 1)))
     train, test = (_total([_images(source, split) for source in sources]) for split in ("train", "test"))

@@ -78,8 +78,8 @@ def show_plan(workflow: Workflow) -> None:
         )
     CONSOLE.print(table)
     CONSOLE.print(
-        "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none, ≈ is the "
-        "most\nthat the size of images and models can come to, and ? is not known before."
+        "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none, ≈ is\n"
+        "the most that the size of images and models can come to, and ? is not known before."
     )
 
 

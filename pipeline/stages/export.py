@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from bd_core.methods import METHODS, adamerging, merge, twin_merging
 from bd_core.methods.registry import check_parameters, find_method
 from pipeline.config import Spec
+from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.fit_head import class_heads
 from pipeline.stages.fit_router import task_rows
@@ -17,7 +18,7 @@ from pipeline.stages.fitted_router import load_router
 from pipeline.stages.images import PoolImages
 from pipeline.stages.learned import fit_adamerging, fit_twin_router
 from pipeline.stages.merged_files import write_routed, write_static
-from pipeline.stages.model_card import write_model_card
+from pipeline.stages.model_card import PRETRAINED, write_model_card
 from pipeline.stages.models import Experts, open_backbone
 from pipeline.stages.pool import Pool
 from pipeline.stages.shard import of_split
@@ -58,7 +59,7 @@ class Export(Stage):
     """Makes one artefact a merged model."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("shard", "base", "experts", "embed", "fit_head", "fit_router")
     what: ClassVar[str] = "merge with every method and write the artefacts"
     spec: ExportSpec
@@ -165,6 +166,8 @@ class Export(Stage):
             "group_of": dict.fromkeys(experts.groups.index, 0),
         }
         report.metrics = {"router_task_accuracy": history[-1]["task_accuracy"]}
+        # Its vectors are added to a shared model, and its router reads the tokens of theta_0.
+        write_safetensors(out_dir / PRETRAINED, experts.base_state)
         write_routed(out_dir, parts.shared, parts.exclusive.expanded(), router, recipe)
         write_history(out_dir / "history.parquet", history)
 
