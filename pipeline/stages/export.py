@@ -51,6 +51,10 @@ class ExportSpec(Spec):
             method = find_method(METHODS, name)
             given = {"logits": None, "batches": None} if name == "adamerging" else {}
             check_parameters(method, {**given, **parameters})
+            # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
+            for parameter, default in method.defaults.items():
+                if isinstance(default, float) and type(parameters.get(parameter)) is int:
+                    parameters[parameter] = float(parameters[parameter])
             _try(name, parameters)
         return methods
 
