@@ -63,10 +63,7 @@ def adamerging(
     step are run one after another on one merged copy, and lambda's gradient is one contraction with its gradient.
     Memory: K task vectors, one merged copy with its gradient, one task's activations.
     """
-    if steps < 1:
-        raise ValueError(f"adamerging: steps={steps} must be at least 1")
-    if not tolerance >= 0:
-        raise ValueError(f"adamerging: tolerance={tolerance} must not be negative")
+    check_settings(steps=steps, learning_rate=learning_rate, tolerance=tolerance)
     vectors = task_vectors(base, experts)
     raw_PK = torch.full((len(vectors.names), vectors.n_experts), float(initial), requires_grad=True)
     optimiser = torch.optim.Adam([raw_PK], lr=learning_rate)
@@ -92,6 +89,16 @@ def adamerging(
     return AdaMerging(
         add_task_vectors(base, vectors, coefficients), vectors.names, found_PK.clone(), tuple(history), converged
     )
+
+
+def check_settings(*, steps: int = 500, learning_rate: float = 1e-3, tolerance: float = 1e-3, **_: object) -> None:
+    """`ValueError` when `adamerging` would refuse these; costs nothing, so that a configuration can be checked."""
+    if steps < 1:
+        raise ValueError(f"adamerging: steps={steps} must be at least 1")
+    if not learning_rate >= 0:
+        raise ValueError(f"adamerging: learning_rate={learning_rate} must not be negative")
+    if not tolerance >= 0:
+        raise ValueError(f"adamerging: tolerance={tolerance} must not be negative")
 
 
 def _accumulate(merged: dict[str, Tensor], vectors: TaskVectors, batch_of: Mapping[str, Any], logits: Logits) -> float:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, field_validator
 
-from bd_core.methods import METHODS, adamerging, merge, twin_merging
+from bd_core.methods import METHODS, merge, twin_merging
+from bd_core.methods.adamerging import check_settings as check_adamerging
 from bd_core.methods.registry import check_parameters, find_method
 from pipeline.config import Spec
 from pipeline.formats.checkpoints import write_safetensors
@@ -181,8 +182,8 @@ def _try(name: str, parameters: Mapping[str, Any]) -> None:
     base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
     try:
         if name == "adamerging":
-            batches = iter([{"task": None}])
-            adamerging(base, experts, logits=lambda state, *_: state["weight"], batches=batches, **parameters)
+            # Not even one step of it: torch takes seconds to load what an optimiser needs, and `plan` waits for this.
+            check_adamerging(**parameters)
         else:
             METHODS[name].function(base, experts, **parameters)
     except (ValueError, TypeError) as error:
