@@ -164,7 +164,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     config = parse(Config, VALID | {"store": "~/store", "models": VALID["models"] | {"base": "~/b"}}, "here")
     assert config.store == tmp_path / "store"
-    assert getattr(config.models, "base") == tmp_path / "b"
+    assert config.models.base == tmp_path / "b"
 
 
 def test_resources_stand_apart_from_what_is_hashed() -> None:
