@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bd_core.merged.exact import form_tile, merged_linear, tiles
+from bd_core.merged.exact import merged_linear
 from bd_core.merged.routing import MergedTensor
+from bd_core.merged.tiles import form_tile, tiles
 
 __all__ = ["MergedConv2d"]
 

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, I inputs, O outputs, R rows of a tile (of O), S sampl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["merged_linear", "tiles"]
+from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward
+from bd_core.merged.tiles import form_tile, tiles
 
-# A merged tile must still be in cache when the product reads it. Measured with infra/bench/bench_merged.py.
-TILE_BYTES = 2 << 20
-MAX_SAMPLES = 16
+__all__ = ["merged_linear"]
 
 
 def merged_linear(
@@ -29,28 +27,16 @@ def merged_linear(
 ) -> Float[Tensor, "B T O"]:
     """Each sample's tokens through its own matrix: y_b = x_b (W_0 + sum_k w_bk tau_k)^T + bias_b.
 
-    Differentiable in x, the weights and the bias, never in base or vectors. Peak memory beyond the output is one tile;
-    nothing of size batch x parameters is kept for backward, which forms the tiles anew.
+    Differentiable in x, the weights and the bias, never in base or vectors. Peak memory beyond the output is one tile
+    a thread; nothing of size batch x parameters is kept for backward, which forms the tiles anew.
     """
     if x_BTI.shape[1] == 1:
         return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+    if torch.compiler.is_compiling():
+        y_BTO: Tensor = _operator(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+        return y_BTO
     result: Tensor = _TiledLinear.apply(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)  # type: ignore[no-untyped-call]
     return result
-
-
-def tiles(n_samples: int, n_rows: int, row_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """(rows, samples) blocks that cover all rows of all samples; samples run fastest, so vectors are read once."""
-    n_samples_tile = min(n_samples, MAX_SAMPLES)
-    n_rows_tile = max(1, min(n_rows, TILE_BYTES // max(1, n_samples_tile * row_bytes)))
-    for row in range(0, n_rows, n_rows_tile):
-        for sample in range(0, n_samples, n_samples_tile):
-            yield slice(row, min(row + n_rows_tile, n_rows)), slice(sample, min(sample + n_samples_tile, n_samples))
-
-
-def form_tile(weights_SK: Tensor, base_RI: Tensor, vectors_KRI: Tensor) -> Tensor:
-    """Merged rows [S, R, ...] of the samples: one matrix product of weights by flattened task-vector rows."""
-    flat = torch.addmm(base_RI.reshape(1, -1), weights_SK, vectors_KRI.flatten(1))
-    return flat.view(len(weights_SK), *base_RI.shape)
 
 
 def _stacked(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
@@ -63,10 +49,7 @@ def _stacked(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Te
 
 
 class _TiledLinear(torch.autograd.Function):
-    """y_b = x_b W_b^T + bias_b with W_b = W_0 + sum_k w_bk tau_k.
-
-    dx_b = dy_b W_b;  dw_bk = <dy_b^T x_b, tau_k>;  dbias_b = sum_t dy_bt.
-    """
+    """y_b = x_b W_b^T + bias_b with W_b = W_0 + sum_k w_bk tau_k."""
 
     @staticmethod
     def forward(
@@ -78,27 +61,99 @@ class _TiledLinear(torch.autograd.Function):
         bias_BO: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_BTI, weights_BK, base_OI, vectors_KOI)
-        y_BTO = x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
-        for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
-            tile_SRI = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows])
-            if bias_BO is None:
-                y_BTO[samples, :, rows] = torch.bmm(x_BTI[samples], tile_SRI.mT)
-            else:
-                y_BTO[samples, :, rows] = torch.baddbmm(bias_BO[samples, None, rows], x_BTI[samples], tile_SRI.mT)
-        return y_BTO
+        return _forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
-        x_BTI, weights_BK, base_OI, vectors_KOI = ctx.saved_tensors
         needs_x, needs_weights, _, _, needs_bias = ctx.needs_input_grad
-        dx_BTI = torch.zeros_like(x_BTI) if needs_x else None
-        dweights_BK = torch.zeros_like(weights_BK) if needs_weights else None
-        for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
-            dy_STR = dy_BTO[samples, :, rows]
-            if dx_BTI is not None:
-                dx_BTI[samples].baddbmm_(dy_STR, form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]))
-            if dweights_BK is not None:
-                dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples])
-                dweights_BK[samples].addmm_(dtile_SRI.flatten(1), vectors_KOI[:, rows].flatten(1).T)
+        x_BTI, weights_BK, base_OI, vectors_KOI = ctx.saved_tensors
+        dx_BTI, dweights_BK = _backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
         return dx_BTI, dweights_BK, None, None, dy_BTO.sum(1) if needs_bias else None
+
+
+def _forward(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
+    if kernel_fits(x_BTI, base_OI, vectors_KOI):
+        return kernel_forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+    y_BTO = x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
+    for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
+        tile_SIR = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]).mT
+        y_STR = y_BTO[samples, :, rows]
+        if bias_BO is None:
+            torch.bmm(x_BTI[samples], tile_SIR, out=y_STR)
+        else:
+            torch.baddbmm(bias_BO[samples, None, rows], x_BTI[samples], tile_SIR, out=y_STR)
+    return y_BTO
+
+
+def _backward(
+    x_BTI: Tensor,
+    weights_BK: Tensor,
+    base_OI: Tensor,
+    vectors_KOI: Tensor,
+    dy_BTO: Tensor,
+    needs_x: bool,
+    needs_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx_b = dy_b W_b and dw_bk = <dy_b^T x_b, tau_k>, each if needed."""
+    if kernel_fits(x_BTI, base_OI, vectors_KOI):
+        return kernel_backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
+    dx_BTI = torch.zeros_like(x_BTI) if needs_x else None
+    dweights_BK = torch.zeros_like(weights_BK) if needs_weights else None
+    for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
+        dy_STR = dy_BTO[samples, :, rows]
+        if dx_BTI is not None:
+            dx_BTI[samples].baddbmm_(dy_STR, form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]))
+        if dweights_BK is not None:
+            dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples])
+            dweights_BK[samples].addmm_(dtile_SRI.flatten(1), vectors_KOI[:, rows].flatten(1).T)
+    return dx_BTI, dweights_BK
+
+
+# torch.compile sees the same two functions as operators: the compiled kernel reads memory that tracing does not have.
+
+
+@torch.library.custom_op(
+    "bd_core::merged_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor base, Tensor vectors, Tensor? bias) -> Tensor",
+)
+def _operator(
+    x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None
+) -> Tensor:
+    return _forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+
+
+@_operator.register_fake
+def _(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
+    return x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
+
+
+@torch.library.custom_op(
+    "bd_core::merged_linear_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor base, Tensor vectors, Tensor dy) -> (Tensor, Tensor)",
+)
+def _operator_backward(
+    x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, dy_BTO: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx_BTI, dweights_BK = _backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, True, True)
+    assert dx_BTI is not None and dweights_BK is not None
+    return dx_BTI, dweights_BK
+
+
+@_operator_backward.register_fake
+def _(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, dy_BTO: Tensor) -> tuple[Tensor, Tensor]:
+    return x_BTI.new_empty(x_BTI.shape), weights_BK.new_empty(weights_BK.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _operator_gradients(ctx: Any, dy_BTO: Tensor) -> tuple[Tensor | None, ...]:
+    dx_BTI, dweights_BK = _operator_backward(*ctx.saved_tensors, dy_BTO)
+    return dx_BTI, dweights_BK, None, None, dy_BTO.sum(1) if ctx.needs_input_grad[4] else None
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_keep)

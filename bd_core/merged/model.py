@@ -95,7 +95,7 @@ class MergedModel(nn.Module):
             return self._run(self.model, inputs, shared, weights_BGK)
 
     def _run(self, model: nn.Module, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> Any:
-        self.routing.weights_BGK = weights_BGK
+        self.routing.begin(weights_BGK)
         try:
             for parameter in self.injected:
                 parameter.set()
@@ -103,7 +103,7 @@ class MergedModel(nn.Module):
         finally:
             for parameter in self.injected:
                 parameter.clear()
-            self.routing.weights_BGK = None
+            self.routing.end()
 
     def _verify(self, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> None:
         self._unverified = False

@@ -5,6 +5,7 @@ Legend: B batch, G layer groups, K experts.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,11 +21,25 @@ class Routing:
 
     def __init__(self) -> None:
         self.weights_BGK: Tensor | None = None
+        self._each: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
-    def of(self, group: int) -> Float[Tensor, "B K"]:
+    def begin(self, weights_BGK: Float[Tensor, "B G K"]) -> None:
+        """Weights for the pass that starts now."""
+        self.weights_BGK = weights_BGK
+        self._each = {}
+
+    def end(self) -> None:
+        """Forget them, and the graph that hangs on them."""
+        self.weights_BGK = None
+        self._each = {}
+
+    def of(self, group: int, dtype: torch.dtype) -> Float[Tensor, "B K"]:
         """The weights of one layer group."""
         assert self.weights_BGK is not None, "a layer of a merged model was called outside MergedModel.forward"
-        return self.weights_BGK[:, group]
+        if dtype not in self._each:
+            # Split once for all layers: one node of the graph, and rows that lie together.
+            self._each[dtype] = self.weights_BGK.to(dtype).transpose(0, 1).contiguous().unbind(0)
+        return self._each[dtype][group]
 
     def check_batch(self, x: Tensor, where: str) -> None:
         """Nothing; raises `NoBatchedForm` unless the first dimension of x is the sample."""
@@ -58,7 +73,7 @@ class MergedTensor(nn.Module):
     @property
     def weights(self) -> Float[Tensor, "B K"]:
         """This parameter's routing weights, in its own dtype."""
-        return self.routing.of(self.group).to(self.base.dtype)
+        return self.routing.of(self.group, self.base.dtype)
 
     def forward(self) -> Float[Tensor, "B ..."]:
         """theta_0 + sum_k w_bk tau_k, one copy a sample: for parameters no larger than an activation."""
