@@ -34,10 +34,11 @@ class Neighbours(Stage):
     spec: NeighboursSpec
 
     def units(self, inputs: Inputs) -> list[Unit]:
-        """One unit for each embed unit."""
+        """One unit for each embed unit that has rows: a shard may hold nothing but images that others hold too."""
         return [
             Unit(shard.unit, inputs=(*inputs["embed"], *inputs["index"]), settings={"shard": shard.unit})
             for shard in sorted(inputs["embed"], key=lambda artefact: artefact.unit)
+            if shard.report["rows_out"]
         ]
 
     def setup(self, unit: Unit) -> None:
@@ -72,7 +73,7 @@ class Neighbours(Stage):
         report.metrics = {
             "edges": float(len(graph.neighbours)),
             "isolated": float(graph.n_isolated),
-            "max_degree": float(graph.degree.max()) if len(rows) else 0.0,
+            "max_degree": float(graph.degree.max()),
             "truncated": 0.0,
         }
         write_neighbourhoods(out_dir, graph)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.open_clip import Backbone, load_backbone, read_model_config
 from pipeline.config import Resources, Spec
+from pipeline.errors import ConfigError, Faults
 from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.base_files import write_base
@@ -54,8 +55,14 @@ class _Trained(Stage):
         self._tasks = tuple(tasks)
 
     def check(self) -> None:
-        """The model configuration can be read."""
-        read_model_config(self.spec.model)
+        """The model configuration can be read, and every task has images whose labels are known."""
+        faults = Faults()
+        with faults.collect():
+            read_model_config(self.spec.model)
+        for task in self._tasks:
+            with faults.collect():
+                _check_labelled(task)
+        faults.raise_any()
 
     def _optimise(self, module: nn.Module, loss: Any, steps: int, rate: float, out_dir: Path) -> list[dict[str, float]]:
         assert self.seed is not None
@@ -71,6 +78,15 @@ class _Trained(Stage):
             cosine=True,
             clip_norm=1.0,
             checkpoint_every=self.spec.checkpoint_every,
+        )
+
+
+def _check_labelled(task: TaskSpec) -> None:
+    items = [item for block in task.source.blocks(2**31) if block.split == "train" for item in block.items]
+    if items and all(item.label is None for item in items):
+        raise ConfigError(
+            f"task {task.name}: no train image has a label, and models.kind=trained trains on them; put the images in "
+            "one folder a class, or bring checkpoints of your own (models.kind=checkpoints)"
         )
 
 
