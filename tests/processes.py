@@ -21,10 +21,11 @@ CONTEXT.set_forkserver_preload(
         "pipeline.gc",
         "pipeline.reporting",
         "pipeline.run",
-        "pipeline.show",
         "pipeline.workflow",
+        "pipeline.backbones.open_clip",
         "faiss",
         "imagecorruptions",
+        "open_clip",
     ]
 )
 DEADLINE_S = 120.0
@@ -83,7 +84,7 @@ def _bd_merge(arguments: list[str], output: Path, file_size_limit: int | None) -
     os.dup2(descriptor, 2)
     # A test runner may have replaced the streams; the command must write where file descriptors 1 and 2 lead.
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.environ["COLUMNS"] = "200"
+    os.environ["COLUMNS"] = "200"  # read when `pipeline.show` is imported, so that one is not among the preloaded
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     if file_size_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
