@@ -1,7 +1,6 @@
 """Bad input: a clear error with value, place and next step, exit code 2, before any long work; or a counted reject."""
 
 import io
-import json
 import shutil
 import struct
 import zlib
@@ -17,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from terminal import bd_merge
-from tiny import Tiny, make_tiny
+from tiny import Tiny
 from torch import Tensor
 
 from pipeline.record import read_record, run_ids
@@ -26,17 +25,10 @@ from pipeline.store import Store
 ANY = "visual.class_embedding"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("bad") / "project")
-
-
 @pytest.fixture
-def tiny(original: Tiny, tmp_path: Path) -> Tiny:
+def tiny(tiny_project: Tiny) -> Tiny:
     """A project of the test's own, which it may spoil."""
-    root = tmp_path / "project"
-    shutil.copytree(original.root, root)
-    return Tiny(root, json.loads(json.dumps(original.config).replace(str(original.root), str(root))))
+    return tiny_project
 
 
 def refusal(tiny: Tiny, *overrides: str, **changes: Any) -> str:
