@@ -4,14 +4,17 @@
 `finished_store`  (session): a `Finished`, the store of one finished serial run; read it, never change it.
 `finished_copy`   (function): a `Finished` of the test's own, project and store copied with their times of change, so
                   that every unit of the store is found again.
+`ray_cluster`     (session): a `Cluster`, a real Ray of two nodes with one CPU each.
 
 The pipeline is imported by the fixtures, so that tests of `bd_core` alone do without it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from finished import Finished, copied
+from ray_cluster import Cluster, two_nodes
 from tiny import Tiny, make_tiny
 
 
@@ -40,3 +43,9 @@ def finished_store(tiny_original: Tiny, tmp_path_factory: pytest.TempPathFactory
 def finished_copy(finished_store: Finished, tmp_path: Path) -> Finished:
     tiny = copied(finished_store.tiny, tmp_path / "project")
     return Finished(tiny, tiny.write(), tiny.root / "store", finished_store.run_id)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Cluster]:
+    with two_nodes() as cluster:
+        yield cluster
