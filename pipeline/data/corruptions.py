@@ -73,8 +73,8 @@ def check_corruptions(names: Sequence[str], side: int) -> None:
     Nothing is imported for it.
     """
     unknown = [name for name in names if name not in ALL]
-    if unknown or not names:
-        near = difflib.get_close_matches(unknown[0], ALL, n=3) if unknown else []
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ALL, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ALL)}"
         raise ConfigError(f"corrupt.corruptions: there is no {unknown!r}; {hint}")
     if find_spec("imagecorruptions") is None:

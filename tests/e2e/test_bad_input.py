@@ -281,7 +281,9 @@ def test_bad_images_are_rejects_with_a_reason_counted_and_never_lost(tiny: Tiny)
     for number in (1, 2, 3):
         (test / "zero" / f"z_twice_{number}.png").write_bytes((test / "one" / f"00{number}.png").read_bytes())
     # Six images a shard: the last of train and the last of test hold nothing but an image that another shard holds.
-    ended = bd_merge("run", tiny.write(shard={"images_per_shard": 6}, export={"methods": {"weight_average": {}}}))
+    changes: dict[str, Any] = {"shard": {"images_per_shard": 6}, "export": {"methods": {}}}
+    changes["corrupt"] = {"corruptions": ["brightness"], "levels": {"L1": 1}}
+    ended = bd_merge("run", tiny.write(**changes), "fit_router.variants=[task]")
     assert ended.exit_code == 0, ended.output
     store = Store(tiny.root / "store")
     artefacts = read_record(store, run_ids(store)[-1]).artefacts(store)
