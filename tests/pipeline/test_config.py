@@ -182,3 +182,11 @@ def test_configurations_we_ship_are_valid(name: str, monkeypatch: pytest.MonkeyP
     workflow = Workflow.load(root / f"{name}.yaml")
     assert workflow.name == name
     assert len(workflow.config.tasks) == {"demo": 4, "local": 3, "clip_vit_b32_8tasks": 8}[name]
+
+
+def test_the_five_lines_of_the_readme_are_a_configuration() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("## Your own checkpoints in five lines")[1].split("```yaml\n")[1].split("```")[0]
+    assert len(lines.splitlines()) == 5
+    config = parse(Config, yaml.safe_load(lines), "README.md")
+    assert [task.name for task in config.tasks] == ["cars", "signs"]
