@@ -33,6 +33,11 @@ class CompressedVectors:
     relative_error: dict[str, float]
 
     @property
+    def n_experts(self) -> int:
+        """K."""
+        return len(next(iter(self.dense.values()))) if self.dense else len(next(iter(self.factors.values()))[0])
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all K experts' factors and uncut tensors."""
         tensors = [*self.dense.values(), *(part for pair in self.factors.values() for part in pair)]

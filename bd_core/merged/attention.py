@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bd_core.merged.exact import merged_linear
-from bd_core.merged.routing import MergedTensor, NoBatchedForm
+from bd_core.merged.routing import NoBatchedForm
+from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["MergedMultiheadAttention"]
 
@@ -80,7 +80,7 @@ class MergedMultiheadAttention(nn.Module):
     def _linear(self, x: Tensor, weight: str, bias: str, rows: slice, bias_rows: slice | None = None) -> Tensor:
         tensor = self._tensor(weight)
         bias_BO = self._tensor(bias)()[:, bias_rows or rows] if bias in self.tensors else None
-        return merged_linear(x, tensor.weights, tensor.base[rows], tensor.vectors[:, rows], bias_BO)
+        return tensor.linear(x, bias_BO, rows)
 
     def _tensor(self, name: str) -> MergedTensor:
         tensor = self.tensors[name]

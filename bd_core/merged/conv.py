@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bd_core.merged.exact import merged_linear
-from bd_core.merged.routing import MergedTensor
+from bd_core.merged.tensors import LowRankTensor, MergedTensor
 from bd_core.merged.tiles import form_tile, tiles
 
 __all__ = ["MergedConv2d"]
@@ -62,10 +61,24 @@ class MergedConv2d(nn.Module):
         bias_BO = None if self.merged_bias is None else self.merged_bias()
         if self.is_patchwise:
             return self._patchwise(x, bias_BO)
+        by_factors = isinstance(weight, LowRankTensor) and self.groups == 1
+        y = self._factors(x, weight) if by_factors else self._tiled(x)
+        return y if bias_BO is None else y + bias_BO[:, :, None, None]
+
+    def _tiled(self, x: Tensor) -> Tensor:
+        weight = self.merged_weight
         y: Tensor = _TiledConv2d.apply(  # type: ignore[no-untyped-call]
             x, weight.weights, weight.base, weight.vectors, self.stride, self.padding, self.dilation, self.groups
         )
-        return y if bias_BO is None else y + bias_BO[:, :, None, None]
+        return y
+
+    def _factors(self, x: Tensor, weight: MergedTensor) -> Tensor:
+        """All right factors as kernels in one convolution, the left ones as a 1x1 convolution of its channels."""
+        assert isinstance(weight, LowRankTensor)
+        own = (self.stride, self.padding, self.dilation)
+        inner = F.conv2d(x, weight.right.view(-1, *weight.base.shape[1:]), None, *own)
+        inner = inner * weight.weights_BF[:, :, None, None]
+        return F.conv2d(x, weight.base, None, *own) + F.conv2d(inner, weight.left.T[:, :, None, None])
 
     def _patchwise(self, x: Tensor, bias_BO: Tensor | None) -> Tensor:
         if self.padding != (0, 0):
@@ -74,14 +87,7 @@ class MergedConv2d(nn.Module):
         rows, columns = x.shape[2] // height, x.shape[3] // width
         x = x[:, :, : rows * height, : columns * width]  # the stride never reaches the rest
         patches = x.reshape(len(x), -1, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        weight = self.merged_weight
-        y_BPO = merged_linear(
-            patches.reshape(len(x), rows * columns, -1),
-            weight.weights,
-            weight.base.flatten(1),
-            weight.vectors.flatten(2),
-            bias_BO,
-        )
+        y_BPO = self.merged_weight.linear(patches.reshape(len(x), rows * columns, -1), bias_BO)
         return y_BPO.mT.reshape(len(x), -1, rows, columns)
 
 

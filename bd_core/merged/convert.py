@@ -13,7 +13,8 @@ from bd_core.merged.conv import MergedConv2d
 from bd_core.merged.fallback import VmapModule
 from bd_core.merged.layers import MergedBatchNorm, MergedEmbedding, MergedGroupNorm, MergedLayerNorm, MergedLinear
 from bd_core.merged.open_clip import MergedVisionTransformer, is_vision_transformer
-from bd_core.merged.routing import MergedTensor, NoBatchedForm
+from bd_core.merged.routing import NoBatchedForm
+from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["Converter", "skeleton"]
 

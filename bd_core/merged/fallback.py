@@ -15,7 +15,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from bd_core.merged.routing import MergedTensor
+from bd_core.merged.outputs import concatenated, first
+from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["VmapModule", "merged_parameters", "one_sample"]
 
@@ -66,13 +67,13 @@ class VmapModule(nn.Module):
                 outputs.append(checkpoint(self._chunk, weights_BGK[part], chunk, shared, use_reentrant=False))
             else:
                 outputs.append(self._chunk(weights_BGK[part], chunk, shared))
-        return outputs[0] if len(outputs) == 1 else _concatenated(outputs)
+        return outputs[0] if len(outputs) == 1 else concatenated(outputs)
 
     def _chunk(self, weights_SGK: Tensor, inputs: list[Any], shared: dict[str, Any]) -> Any:
         def one(weights_GK: Tensor, *tensors: Tensor) -> Any:
             given = iter(tensors)
             args = [next(given)[None] if isinstance(x, Tensor) else x for x in inputs]
-            return _first(one_sample(self._held[0], self.merged(), self.constants(), weights_GK, args, shared))
+            return first(one_sample(self._held[0], self.merged(), self.constants(), weights_GK, args, shared))
 
         with _batchable_attention():
             return vmap(one, randomness="same")(weights_SGK, *(x for x in inputs if isinstance(x, Tensor)))
@@ -93,10 +94,7 @@ def one_sample(
 
 def merged_parameters(tensors: dict[str, MergedTensor], weights_GK: Tensor) -> dict[str, Tensor]:
     """theta_0 + sum_k w_k tau_k for the weights of one sample."""
-    return {
-        name: t.base + torch.tensordot(weights_GK[t.group].to(t.vectors.dtype), t.vectors, dims=1)
-        for name, t in tensors.items()
-    }
+    return {name: t.of_sample(weights_GK[t.group]) for name, t in tensors.items()}
 
 
 @contextmanager
@@ -139,29 +137,3 @@ def _with_differentiable_statistics(module: nn.Module) -> nn.Module:
         if child is not None:
             module._modules[name] = _with_differentiable_statistics(child)
     return module
-
-
-def _first(output: Any) -> Any:
-    """The single sample of every tensor in a nested output."""
-    return _mapped(lambda x: x[0] if x.ndim else x, output)
-
-
-def _concatenated(outputs: list[Any]) -> Any:
-    head = outputs[0]
-    if isinstance(head, Tensor):
-        return torch.cat(outputs)
-    if isinstance(head, dict):
-        return {key: _concatenated([output[key] for output in outputs]) for key in head}
-    if isinstance(head, (tuple, list)):
-        return type(head)(_concatenated(list(parts)) for parts in zip(*outputs, strict=True))
-    return head
-
-
-def _mapped(function: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return function(output)
-    if isinstance(output, dict):
-        return {key: _mapped(function, value) for key, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return type(output)(_mapped(function, value) for value in output)
-    return output

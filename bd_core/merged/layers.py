@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bd_core.merged.exact import merged_linear
-from bd_core.merged.routing import MergedTensor
+from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["MergedBatchNorm", "MergedEmbedding", "MergedGroupNorm", "MergedLayerNorm", "MergedLinear"]
 
@@ -39,7 +38,7 @@ class MergedLinear(nn.Module):
         weight = self.merged_weight
         weight.routing.check_batch(x, weight.name)
         bias_BO = None if self.merged_bias is None else self.merged_bias()
-        y_BTO = merged_linear(_tokens(x), weight.weights, weight.base, weight.vectors, bias_BO)
+        y_BTO = weight.linear(_tokens(x), bias_BO)
         return y_BTO.reshape(*x.shape[:-1], y_BTO.shape[-1])
 
 
@@ -60,15 +59,9 @@ class MergedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of theta_0 + sum_k w_bk tau_k, [B, ..., D]; only the rows asked for are ever merged."""
-        table = self.merged_weight
-        weights_BK = table.weights
         if ids.shape[0] != 1:  # position ids come as one row for all samples
-            table.routing.check_batch(ids, table.name)
-        shape = (len(weights_BK), *(1,) * ids.ndim)
-        rows = F.embedding(ids, table.base)
-        for k, vectors in enumerate(table.vectors):
-            rows = rows + weights_BK[:, k].view(shape) * F.embedding(ids, vectors)
-        return rows
+            self.merged_weight.routing.check_batch(ids, self.merged_weight.name)
+        return self.merged_weight.lookup(ids)
 
 
 class _MergedAffine(nn.Module):

@@ -6,7 +6,8 @@ Legend: B batch, G layer groups, K experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from bd_core.compression import CompressedVectors
 from bd_core.merged.convert import Converter, skeleton
-from bd_core.merged.fallback import VmapModule
-from bd_core.merged.routing import MergedTensor, NoBatchedForm, Routing
+from bd_core.merged.fallback import VmapModule, merged_parameters
+from bd_core.merged.fit import check_fit, count_groups
+from bd_core.merged.outputs import reordered
+from bd_core.merged.routing import NoBatchedForm, Routing, shared_copies
+from bd_core.merged.tensors import LowRankTensor, MergedTensor
 from bd_core.merged.verify import disagreement
 from bd_core.task_vectors import LayerGroups, TaskVectors, task_vectors
 
@@ -35,7 +39,16 @@ class MergedModel(nn.Module):
     forms assume that activations carry the sample first. With `verify`, the first batch of two or more samples is
     compared with explicitly merged copies (one copy of the parameters for a moment); a model that uses its
     parameters in an unforeseen way runs through `torch.func` as a whole from then on.
+
+    Modes (default: the first, or the second for compressed vectors):
+    - `exact`: every sample's own weights, formed tile by tile and dropped.
+    - `low_rank`: compressed task vectors are multiplied by as factors; `relative_error` holds each parameter's cut.
+    - `grouped` (ours), for inference: samples whose weights lie within `max_distance` share one merged copy, as long
+      as the copies are few (at most a quarter of the samples); otherwise, and in training, exact.
+      `weight_error_bound` says how far a parameter can lie from a sample's own. A result then depends on its batch.
     """
+
+    relative_error: dict[str, float]
 
     def __init__(
         self,
@@ -44,28 +57,33 @@ class MergedModel(nn.Module):
         experts: Sequence[Mapping[str, Tensor]] | TaskVectors | CompressedVectors,
         groups: LayerGroups | Mapping[str, int] | None = None,
         *,
+        mode: Literal["exact", "low_rank", "grouped"] | None = None,
+        max_distance: float = 0.05,
         verify: bool = True,
     ) -> None:
         """`groups` maps every merged name to its layer group (default: one group).
 
+        `max_distance` of mode "grouped" is the largest sum_k |w_bk - w_ck| over layer groups.
         Raises ValueError naming the parameter if model, base and experts do not fit.
         """
         super().__init__()
-        vectors = experts if isinstance(experts, TaskVectors) else None
-        if isinstance(experts, CompressedVectors):
-            vectors = experts.expanded()
-        elif not isinstance(experts, TaskVectors):
-            vectors = task_vectors(base, experts)
-        assert vectors is not None
-        _check_fit(model, base, vectors)
-        index = groups.index if isinstance(groups, LayerGroups) else dict(groups or dict.fromkeys(vectors.names, 0))
-        self.n_experts = vectors.n_experts
-        self.n_groups = _n_groups(index, vectors, groups)
+        vectors = experts if isinstance(experts, (TaskVectors, CompressedVectors)) else task_vectors(base, experts)
+        self.mode = mode or ("low_rank" if isinstance(vectors, CompressedVectors) else "exact")
+        self.relative_error = vectors.relative_error if isinstance(vectors, CompressedVectors) else {}
+        if self.mode not in ("exact", "low_rank", "grouped"):
+            raise ValueError(f"mode is {self.mode!r}, expected 'exact', 'low_rank' or 'grouped'")
+        if self.mode == "low_rank" and not isinstance(vectors, CompressedVectors):
+            raise ValueError("mode 'low_rank' needs compressed task vectors: give svd_compress(vectors, rank=...)")
+        if self.mode != "low_rank" and isinstance(vectors, CompressedVectors):
+            vectors = vectors.expanded()
+        check_fit(model, base, vectors)
+        names = vectors.shapes if isinstance(vectors, CompressedVectors) else vectors.vectors
+        index = groups.index if isinstance(groups, LayerGroups) else dict(groups or dict.fromkeys(names, 0))
+        self.n_groups = count_groups(index, names, groups)
+        self.max_distance = max_distance
         self.routing = Routing()
-        tensors = {
-            name: MergedTensor(name, base[name].detach(), stacked.to(base[name]), index[name], self.routing)
-            for name, stacked in vectors.vectors.items()
-        }
+        tensors = {name: _merged_tensor(name, base[name], vectors, index[name], self.routing) for name in names}
+        self.n_experts = vectors.n_experts
         constants = {name: tensor.detach() for name, tensor in base.items() if name not in tensors}
         self.reference = VmapModule(skeleton(model), tensors, constants)
         converter = Converter(tensors, constants)
@@ -86,16 +104,61 @@ class MergedModel(nn.Module):
         hold for every layer group. Raises ValueError for an empty batch, weights of another shape or not finite.
         """
         weights_BGK = self._checked(inputs, weights)
-        if self._unverified and len(weights_BGK) > 1:
+        if self._unverified and len(weights_BGK) > 1 and not torch.compiler.is_compiling():
             self._verify(inputs, shared, weights_BGK)
+        if torch.compiler.is_compiling():
+            return self._run(self.model, inputs, shared, weights_BGK)
         try:
+            if self.mode == "grouped" and not torch.is_grad_enabled():
+                return self._run_grouped(inputs, shared, weights_BGK)
             return self._run(self.model, inputs, shared, weights_BGK)
         except NoBatchedForm as reason:
             self._give_up(str(reason))
             return self._run(self.model, inputs, shared, weights_BGK)
 
-    def _run(self, model: nn.Module, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> Any:
-        self.routing.begin(weights_BGK)
+    @torch.no_grad()
+    def static_state(self, weights_BGK: Float[Tensor, "B G K"] | Float[Tensor, "B K"]) -> dict[str, Tensor]:
+        """One plain state dict, merged with the mean of these weights over a calibration set; new tensors."""
+        weights_BGK = weights_BGK[:, None] if weights_BGK.ndim == 2 else weights_BGK
+        if weights_BGK.shape[1] not in (1, self.n_groups) or weights_BGK.shape[2] != self.n_experts:
+            raise ValueError(
+                f"weights has shape {list(weights_BGK.shape)}, expected [samples, {self.n_groups}, {self.n_experts}]"
+            )
+        mean_GK = weights_BGK.mean(0)
+        if not bool(torch.isfinite(mean_GK).all()):
+            raise ValueError("weights hold NaN or infinities, or no sample at all; routing weights must be finite")
+        tensors = self.reference.merged()
+        merged = merged_parameters(tensors, mean_GK.expand(self.n_groups, -1))
+        constants = {name: tensor.clone() for name, tensor in self.reference.constants().items()}
+        return {name: tensor.to(tensors[name].base.dtype) for name, tensor in merged.items()} | constants
+
+    @torch.no_grad()
+    def weight_error_bound(self) -> dict[str, float]:
+        """Mode "grouped": how far each parameter of a shared copy can lie from a sample's own, in Frobenius norm."""
+        tensors = self.reference.merged()
+        return {name: self.max_distance * float(t.vectors.flatten(1).norm(dim=1).max()) for name, t in tensors.items()}
+
+    def _run_grouped(self, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> Any:
+        copies = shared_copies(weights_BGK, self.max_distance)
+        if isinstance(self.model, VmapModule) or 4 * len(copies) > len(weights_BGK):
+            return self._run(self.model, inputs, shared, weights_BGK)
+        order = torch.tensor([b for copy in copies for b in copy], device=weights_BGK.device)
+        first = torch.tensor([copy[0] for copy in copies for _ in copy], device=weights_BGK.device)
+        starts = [0, *accumulate(len(copy) for copy in copies)]
+        slices = tuple(slice(start, stop) for start, stop in pairwise(starts))
+        ordered = [x[order] if isinstance(x, Tensor) else x for x in inputs]
+        output = self._run(self.model, ordered, shared, weights_BGK[first], slices)
+        return reordered(output, torch.argsort(order))
+
+    def _run(
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any],
+        shared: dict[str, Any],
+        weights_BGK: Tensor,
+        copies: tuple[slice, ...] = (),
+    ) -> Any:
+        self.routing.begin(weights_BGK, copies)
         try:
             for parameter in self.injected:
                 parameter.set()
@@ -152,37 +215,13 @@ class MergedModel(nn.Module):
         return weights_BGK
 
 
-def _check_fit(model: nn.Module, base: Mapping[str, Tensor], vectors: TaskVectors) -> None:
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in base:
-            raise ValueError(f"the base lacks {name}, which the model needs")
-        if base[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {list(base[name].shape)} in the base, {list(tensor.shape)} in the model"
-            )
-        if base[name].is_floating_point() and name not in vectors.vectors and name not in vectors.constants:
-            raise ValueError(f"the experts lack {name}, which the base has")
-    for name in base:
-        if name not in own:
-            raise ValueError(f"the base has {name}, which the model does not know")
-    for name, stacked in vectors.vectors.items():
-        if name not in base:
-            raise ValueError(f"the experts have {name}, which the base lacks")
-        if stacked.shape[1:] != base[name].shape:
-            raise ValueError(
-                f"task vectors of {name} have shape {list(stacked.shape[1:])}, the base {list(base[name].shape)}"
-            )
-        if not bool(torch.isfinite(stacked).all()):
-            raise ValueError(f"task vectors of {name} hold NaN or infinities")
-
-
-def _n_groups(index: Mapping[str, int], vectors: TaskVectors, groups: object) -> int:
-    for name in vectors.names:
-        if name not in index:
-            raise ValueError(f"groups has no layer group for {name}")
-        if index[name] < 0:
-            raise ValueError(f"layer group of {name} is {index[name]}; groups count from 0")
-    if isinstance(groups, LayerGroups):
-        return groups.n_groups
-    return 1 + max(index[name] for name in vectors.names)
+def _merged_tensor(
+    name: str, base: Tensor, vectors: TaskVectors | CompressedVectors, group: int, routing: Routing
+) -> MergedTensor:
+    base = base.detach()
+    if isinstance(vectors, TaskVectors):
+        return MergedTensor(name, base, vectors.vectors[name].to(base), group, routing)
+    if name in vectors.dense:
+        return MergedTensor(name, base, vectors.dense[name].to(base), group, routing)
+    left_KOR, right_KRI = vectors.factors[name]
+    return LowRankTensor(name, base, left_KOR.to(base), right_KRI.to(base), group, routing)

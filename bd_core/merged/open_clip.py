@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bd_core.merged.exact import merged_linear
-from bd_core.merged.routing import MergedTensor
+from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["MergedVisionTransformer", "is_vision_transformer"]
 
@@ -49,7 +48,5 @@ class MergedVisionTransformer(nn.Module):
 
     def _projected(self, pooled: Tensor) -> Tensor:
         assert self.proj is not None
-        proj = self.proj  # stored [D, O], used as pooled @ proj
         pooled_BTD = pooled.reshape(len(pooled), -1, pooled.shape[-1])
-        y = merged_linear(pooled_BTD, proj.weights, proj.base.mT, proj.vectors.mT, None)
-        return y.reshape(*pooled.shape[:-1], -1)
+        return self.proj.project(pooled_BTD).reshape(*pooled.shape[:-1], -1)

@@ -1,15 +1,15 @@
-"""What every layer of a merged model shares: the routing weights of the forward pass under way.
+"""The routing weights of the forward pass under way, which every layer of a merged model shares.
 
-Legend: B batch, G layer groups, K experts.
+Legend: B batch, C shared copies, G layer groups, K experts.
 """
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["MergedTensor", "NoBatchedForm", "Routing"]
+__all__ = ["NoBatchedForm", "Routing", "shared_copies"]
 
 
 class NoBatchedForm(Exception):
@@ -17,20 +17,26 @@ class NoBatchedForm(Exception):
 
 
 class Routing:
-    """Holder of the weights [B, G, K] of the forward pass under way; None between passes."""
+    """Holder of the weights [B, G, K] of the forward pass under way; None between passes.
+
+    With `copies`, the samples stand in order of the merged copy they share, and `copies[c]` is the slice of copy c.
+    """
 
     def __init__(self) -> None:
         self.weights_BGK: Tensor | None = None
+        self.copies: tuple[slice, ...] = ()
         self._each: dict[torch.dtype, tuple[Tensor, ...]] = {}
 
-    def begin(self, weights_BGK: Float[Tensor, "B G K"]) -> None:
+    def begin(self, weights_BGK: Float[Tensor, "B G K"], copies: tuple[slice, ...] = ()) -> None:
         """Weights for the pass that starts now."""
         self.weights_BGK = weights_BGK
+        self.copies = copies
         self._each = {}
 
     def end(self) -> None:
         """Forget them, and the graph that hangs on them."""
         self.weights_BGK = None
+        self.copies = ()
         self._each = {}
 
     def of(self, group: int, dtype: torch.dtype) -> Float[Tensor, "B K"]:
@@ -51,31 +57,18 @@ class Routing:
             )
 
 
-class MergedTensor(nn.Module):
-    """One parameter of the model, base and task vectors; called, it gives the parameter of every sample.
+def shared_copies(weights_BGK: Float[Tensor, "B G K"], max_distance: float) -> list[list[int]]:
+    """Samples that may share one merged copy: each within `max_distance` of the first sample of its list (ours).
 
-    The buffers are not persistent: a state dict of something that holds a merged model must not hold its experts.
+    The distance is the largest over layer groups of sum_k |w_bk - w_ck|, so that a parameter moves by no more than
+    that times the largest task vector's norm. Greedy, in the order of the batch.
     """
-
-    base: Tensor
-    vectors: Tensor
-
-    def __init__(
-        self, name: str, base: Float[Tensor, ...], vectors: Float[Tensor, "K ..."], group: int, routing: Routing
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.group = group
-        self.routing = routing
-        self.register_buffer("base", base, persistent=False)
-        self.register_buffer("vectors", vectors, persistent=False)
-
-    @property
-    def weights(self) -> Float[Tensor, "B K"]:
-        """This parameter's routing weights, in its own dtype."""
-        return self.routing.of(self.group, self.base.dtype)
-
-    def forward(self) -> Float[Tensor, "B ..."]:
-        """theta_0 + sum_k w_bk tau_k, one copy a sample: for parameters no larger than an activation."""
-        flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
-        return flat.reshape(-1, *self.base.shape)
+    apart_BB = torch.stack([(weights_BGK - one_GK).abs().sum(2).amax(1) for one_GK in weights_BGK.detach()])
+    near = (apart_BB <= max_distance).tolist()
+    left = list(range(len(near)))
+    copies = []
+    while left:
+        first = left[0]
+        copies.append([b for b in left if near[first][b]])
+        left = [b for b in left if not near[first][b]]
+    return copies
