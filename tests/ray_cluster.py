@@ -65,6 +65,8 @@ def node_environment() -> dict[str, str]:
     paths = [REPOSITORY / "tests", REPOSITORY / "tests" / "pipeline" / "executors"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {
+        # Ray Train leaves a detached actor behind, for whose end a node would wait half a minute.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }
