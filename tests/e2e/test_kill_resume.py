@@ -71,6 +71,11 @@ def begun(store: Store, stage: str) -> Callable[[], bool]:
     return found
 
 
+def there(store: Store, unit: str) -> Callable[[], bool]:
+    """Whether `stage/unit` is committed."""
+    return lambda: any(store.root.glob(f"{unit}-*"))
+
+
 def killed_at_work(config: Path, store: Store, stage: str, output: Path) -> bool:
     """Run and kill when `stage` has begun; whether the kill came while one of its units was being written."""
     command = Command("run", config, output=output)
@@ -106,7 +111,9 @@ def test_killed_in_every_stage_a_run_ends_with_the_bytes_of_an_undisturbed_one(
 def test_ended_politely_a_run_leaves_nothing_half_done_and_says_how_to_go_on(
     tiny_project: Tiny, tmp_path: Path, number: signal.Signals
 ) -> None:
-    store, config = Store(tiny_project.root / "store"), tiny_project.write()
+    # One fit of some seconds, so that the signal meets it half way.
+    fit = {**tiny_project.config["fit_router"], "variants": ["task"], "steps": 30}
+    store, config = Store(tiny_project.root / "store"), tiny_project.write(fit_router=fit)
     command = Command("run", config, output=tmp_path / "output")
     assert stop_when(command, begun(store, "fit_router"), number)
     ended = command.end()
@@ -118,11 +125,11 @@ def test_ended_politely_a_run_leaves_nothing_half_done_and_says_how_to_go_on(
     assert store.passing() == []
     assert_only_whole_units(store)
     kept = digests(store)
-    assert "pairs/low-train-00000" in kept and "fit_router/layer" not in kept
+    assert "pairs/low-train-00000" in kept and "fit_router/task" not in kept
     assert list(store.root.glob("fit_router/.state-*/state.pt"))
 
     again = Command("run", config, output=tmp_path / "output")
-    assert stop_when(again, lambda: "fit_router/layer" in digests(store), number)
+    assert stop_when(again, there(store, "fit_router/task"), number)
     again.end()
     assert digests(store).items() > kept.items()
     done = [line.split()[2] for line in (tmp_path / "output").read_text().splitlines() if " done " in line]
@@ -161,7 +168,7 @@ def test_a_store_on_a_full_disk_has_only_whole_units(tiny_project: Tiny, tmp_pat
         kept = digests(store)
         subprocess.run(["mount", "-o", "remount,size=64m", root], check=True)
         command = Command("run", config, output=tmp_path / "output")
-        stop_when(command, lambda: "fit_head/head" in digests(store), signal.SIGTERM)
+        stop_when(command, there(store, "fit_head/head"), signal.SIGTERM)
         command.end()
         assert {**kept, "fit_head/head": digests(store)["fit_head/head"]}.items() <= digests(store).items()
 

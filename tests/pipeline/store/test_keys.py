@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.store import canonical_json, sha256_file, unit_key
 from pipeline.store.keys import digest_json, files_digest
 
+# A busy machine is no fault of a key.
+UNHURRIED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PARTS: dict[str, Any] = {
     "stage": "embed",
     "version": 1,
@@ -52,12 +54,14 @@ def test_the_key_is_the_sha256_of_canonical_json() -> None:
     assert digest_json({"b": 1, "a": "é"}) == hashlib.sha256('{"a":"é","b":1}'.encode()).hexdigest()
 
 
+@UNHURRIED
 @given(st.dictionaries(st.text(), JSON))
 def test_the_order_of_keys_does_not_count(value: dict[str, Any]) -> None:
     backwards = dict(reversed(list(value.items())))
     assert canonical_json(backwards) == canonical_json(value)
 
 
+@UNHURRIED
 @given(JSON, JSON)
 def test_other_values_have_other_json(one: Any, other: Any) -> None:
     # 1 == 1.0 == True in Python; as settings they are three.

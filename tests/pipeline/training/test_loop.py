@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -117,6 +117,7 @@ def test_the_generator_of_a_step_knows_nothing_of_the_steps_before(undisturbed: 
         assert torch.randn(8, 3, generator=step_generator(5, step))[0, 0].item() == drawn
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2**40), st.integers(0, 10**6), st.integers(0, 64)), min_size=2, max_size=2, unique=True
