@@ -12,7 +12,12 @@ from bd_core.merged.attention import MergedMultiheadAttention
 from bd_core.merged.conv import MergedConv2d
 from bd_core.merged.fallback import VmapModule
 from bd_core.merged.layers import MergedBatchNorm, MergedEmbedding, MergedGroupNorm, MergedLayerNorm, MergedLinear
-from bd_core.merged.open_clip import MergedVisionTransformer, is_vision_transformer
+from bd_core.merged.open_clip import (
+    MergedAttentionPool,
+    MergedVisionTransformer,
+    is_attention_pool,
+    is_vision_transformer,
+)
 from bd_core.merged.routing import NoBatchedForm
 from bd_core.merged.tensors import MergedTensor
 
@@ -69,11 +74,14 @@ class Converter:
                 return build(self, module, path)
         own = [name for name, _ in module.named_parameters(recurse=False)]
         own += [name for name, _ in module.named_buffers(recurse=False) if _join(path, name) in self.tensors]
-        if is_vision_transformer(module):
+        if is_vision_transformer(module) or is_attention_pool(module):
             self._convert_children(module, path)
             for name in own:
                 del module._parameters[name]
-            return MergedVisionTransformer(module, {name: self.tensors[_join(path, name)] for name in own})
+            tensors = {name: self.tensors[_join(path, name)] for name in own}
+            if "class_embedding" in tensors:
+                return MergedVisionTransformer(module, tensors)
+            return MergedAttentionPool(module, tensors["positional_embedding"])
         has_children = next(module.children(), None) is not None
         if own and not has_children:
             raise NoBatchedForm(f"no batched form is known for a module that uses {', '.join(own)} itself")

@@ -1,4 +1,4 @@
-"""Per-sample form of open_clip's vision transformer, which uses three plain parameters in its forward pass.
+"""Per-sample forms of open_clip's modules that use plain parameters: the vision transformer, attention pooling.
 
 Found by its attributes: bd_core does not import open_clip. Legend: B batch, T tokens, D width, O output width.
 """
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bd_core.merged.tensors import MergedTensor
 
-__all__ = ["MergedVisionTransformer", "is_vision_transformer"]
+__all__ = ["MergedAttentionPool", "MergedVisionTransformer", "is_attention_pool", "is_vision_transformer"]
 
 
 def is_vision_transformer(module: nn.Module) -> bool:
@@ -50,3 +51,32 @@ class MergedVisionTransformer(nn.Module):
         assert self.proj is not None
         pooled_BTD = pooled.reshape(len(pooled), -1, pooled.shape[-1])
         return self.proj.project(pooled_BTD).reshape(*pooled.shape[:-1], -1)
+
+
+def is_attention_pool(module: nn.Module) -> bool:
+    """Whether this is the AttentionPool2d of CLIP's ResNets."""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    children = {name for name, _ in module.named_children()}
+    is_one = type(module).__name__ == "AttentionPool2d" and hasattr(module, "num_heads")
+    return is_one and own == {"positional_embedding"} and children == {"q_proj", "k_proj", "v_proj", "c_proj"}
+
+
+class MergedAttentionPool(nn.Module):
+    """AttentionPool2d, its projections already merged: the mean token attends to all, and only it comes out."""
+
+    pool: Any
+
+    def __init__(self, pool: nn.Module, positional_embedding: MergedTensor) -> None:
+        super().__init__()
+        self.pool = pool
+        self.positional_embedding = positional_embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled features [B, O] of a picture [B, D, H, W]."""
+        tokens = x.flatten(2).mT
+        x_BTD = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positional_embedding().to(x.dtype)
+        q, k, v = self.pool.q_proj(x_BTD[:, :1]), self.pool.k_proj(x_BTD), self.pool.v_proj(x_BTD)
+        heads = (part.unflatten(2, (self.pool.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        y_BTD = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        pooled: Tensor = self.pool.c_proj(y_BTD)[:, 0]
+        return pooled

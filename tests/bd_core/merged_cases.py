@@ -110,6 +110,40 @@ def open_clip_vit_scaled() -> tuple[nn.Module, Tensor]:
     return open_clip_tower(ls_init_value=0.5, pool_type="avg", final_ln_after_pool=True, output_tokens=True)
 
 
+def open_clip_resnet() -> tuple[nn.Module, Tensor]:
+    """Bottleneck blocks, batch normalisation, attention pooling."""
+    tower, _ = open_clip_tower(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
+    return tower, torch.randn(5, 3, 32, 32)
+
+
+def hugging_face_clip() -> tuple[nn.Module, Tensor]:
+    """The vision tower of transformers, which is no dependency: skipped without it."""
+    import pytest
+
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    return Pooled(transformers.CLIPVisionModel(config)), torch.randn(5, 3, 16, 16)
+
+
+class Pooled(nn.Module):
+    """The pooled output of a Hugging Face tower."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixel_values=pixels).pooler_output
+
+
 def timm_vit() -> tuple[nn.Module, Tensor]:
     import timm
 
@@ -204,6 +238,8 @@ NATIVE: list[Case] = [
     attention,
     encoder_layer,
     open_clip_vit,
+    open_clip_resnet,
+    hugging_face_clip,
     timm_vit,
 ]
 THROUGH_VMAP: list[Case] = [open_clip_vit_scaled, odd, tokens_first, tokens_first_square, tied, normed_odd]
