@@ -84,6 +84,7 @@ def killed_at_work(config: Path, store: Store, stage: str, output: Path) -> bool
     return any((store.root / stage).glob(".tmp-*"))
 
 
+@pytest.mark.timeout(900)  # forty seconds on an idle machine
 def test_killed_in_every_stage_a_run_ends_with_the_bytes_of_an_undisturbed_one(
     tiny_project: Tiny, finished_store: Finished, tmp_path: Path
 ) -> None:
