@@ -11,7 +11,7 @@ from tiny import Tiny
 
 from pipeline.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def submit(cluster: Cluster, store: Path, *arguments: object, token: str | None = None) -> tuple[int, str]:
@@ -24,7 +24,7 @@ def submit(cluster: Cluster, store: Path, *arguments: object, token: str | None 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=500,
         check=False,
     )
     return done.returncode, done.stdout

@@ -22,10 +22,10 @@ from pipeline.run import run
 from pipeline.store import Manifest, Store
 from pipeline.workflow import Workflow
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ON_RAY = {"kind": "ray", "cpus": 2}
-DEADLINE_S = 280.0
+DEADLINE_S = 500.0
 
 
 class Watched:

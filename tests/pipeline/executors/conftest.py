@@ -1,6 +1,5 @@
 """Executors on a store of the test's own: one in this process, one on a real Ray of two nodes."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,14 +23,16 @@ def serial(tmp_path: Path) -> SerialExecutor:
 
 
 @pytest.fixture
-def on_ray(ray_cluster: Cluster, tmp_path: Path) -> Iterator[RayExecutor]:
+def joined(ray_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> RaySpec:
+    """The cluster, and the token for it in this process's environment."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", ray_cluster.token)
+    return RaySpec(address=ray_cluster.address)
+
+
+@pytest.fixture
+def on_ray(joined: RaySpec, tmp_path: Path) -> Iterator[RayExecutor]:
     """Joined for one test, so that each has workers of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", ray_cluster.token)
-        executor = RayExecutor(RaySpec(address=ray_cluster.address), Store(tmp_path / "ray"), "run")
-        try:
-            yield executor
-        finally:
-            executor.close()
-    assert not any(name.startswith("RAY_JOB") for name in os.environ)
+    executor = RayExecutor(joined, Store(tmp_path / "ray"), "run")
+    yield executor
+    executor.close()

@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 from eventful import Count, CountSpec, Recount, planned, seen
+from own_stages import RESUME, clock, made_since, own_workflow, total_of
+from tiny import Tiny
 
 from pipeline.config import Resources
-from pipeline.errors import ConfigError
-from pipeline.executors import Executor, Outcome, RayExecutor, SerialExecutor
+from pipeline.errors import ConfigError, UnitsFailed
+from pipeline.executors import Executor, Outcome, RayExecutor, RaySpec, SerialExecutor
+from pipeline.run import run
 from pipeline.stage import Stage
+from pipeline.store import Store
+from pipeline.workflow import Workflow
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def outcomes(executor: Executor, stage: Stage) -> dict[str, Outcome]:
@@ -67,3 +72,22 @@ def test_a_stage_that_wants_more_than_a_node_has_is_told_the_option(on_ray: RayE
     with pytest.raises(ConfigError, match=r"resources\.count\.gpus: a unit wants 1 GPU"):
         outcomes(on_ray, Count(CountSpec(), events, Resources(gpus=1)))
     assert seen(events) == []
+
+
+def test_a_failed_unit_fails_the_run_and_the_same_command_goes_on(joined: RaySpec, tiny_project: Tiny) -> None:
+    def workflow() -> Workflow:
+        made = own_workflow(tiny_project)
+        made.config = made.config.model_copy(update={"executor": joined})
+        return made
+
+    (tiny_project.root / "fail-n-1").touch()
+    with pytest.raises(UnitsFailed, match=r"numbers: 1 of 4 units failed; first \(n-1\): n-1 is in trouble") as failure:
+        run(workflow(), RESUME)
+    assert RESUME in str(failure.value)
+    store = Store(tiny_project.root / "store")
+    assert {manifest.unit for _, manifest in store.units()} == {"n-0", "n-2", "n-3"}
+
+    (tiny_project.root / "fail-n-1").unlink()
+    began = clock()
+    assert total_of(run(workflow(), RESUME), store) == 0 + 1 + 4 + 9
+    assert "numbers/n-1" in made_since(store, began) and "numbers/n-0" not in made_since(store, began)

@@ -10,7 +10,7 @@ from pipeline.errors import ConfigError
 from pipeline.executors import Executor, Outcome, RayExecutor, SerialExecutor
 from pipeline.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def fitted(executor: Executor, stage: FitLine) -> Outcome:
