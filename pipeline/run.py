@@ -110,6 +110,8 @@ class _Run:
             commit_s=sum(artefact.made["commit_s"] for artefact in made),
             lanes=min(len(made), max(1, int(self._executor.parallelism // max(1.0, stage.resources.cpus)))),
             spans=spans,
+            # The stage takes as long as its slowest unit at least, whatever the other lanes do meanwhile.
+            slowest_spans=max(made, key=lambda artefact: float(artefact.made["process_s"])).report["seconds"],
             bytes=sum(artefact.size_bytes for artefact in plan.artefacts),
         )
 

@@ -32,17 +32,24 @@ class StageTime:
     size_bytes: int
     commit_s: float
     parallel: float
+    slowest_spans: Mapping[str, float]
 
     @property
     def compute_s(self) -> float:
-        """Wall seconds of forward and backward passes: their busy seconds, shared by the workers that ran at once."""
-        inside = sum(seconds for name, seconds in self.spans.items() if name in COMPUTE_SPANS)
-        return min(self.wall_s, inside / self.parallel)
+        """Wall seconds of forward and backward passes: their busy seconds, shared by the workers that ran at once.
+
+        Never less than the passes of the slowest unit: it runs on while the other workers have nothing left to do.
+        """
+        return min(self.wall_s, max(_passes(self.spans) / self.parallel, _passes(self.slowest_spans)))
 
     @property
     def other_s(self) -> float:
         """Wall seconds of everything else: decoding, storage, hashing, starting workers, waiting."""
         return self.wall_s - self.compute_s
+
+
+def _passes(spans: Mapping[str, float]) -> float:
+    return sum(seconds for name, seconds in spans.items() if name in COMPUTE_SPANS)
 
 
 def read_timing(rows: Sequence[Mapping[str, Any]]) -> list[StageTime]:
@@ -65,6 +72,7 @@ def read_timing(rows: Sequence[Mapping[str, Any]]) -> list[StageTime]:
                 size_bytes=int(row.get("bytes") or 0),
                 commit_s=float(row.get("commit_s") or 0),
                 parallel=max(1.0, parallel),
+                slowest_spans={str(k): float(v) for k, v in (row.get("slowest_spans") or {}).items()},
             )
         )
     return found
