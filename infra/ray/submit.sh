@@ -4,7 +4,7 @@
 #   RAY_API_SERVER_ADDRESS  http://127.0.0.1:8265   where the head takes jobs
 #   RAY_AUTH_TOKEN          the cluster's secret
 #   BD_STORE                the store: an absolute path that every node sees
-# A CONFIG below the repository travels with it; any other must be a path that the head sees.
+# A CONFIG in configs/ travels with the code; any other must be a path that the head sees.
 set -euo pipefail
 : "${1:?usage: submit.sh CONFIG [KEY=VALUE]...}"
 : "${BD_STORE:?set it to the absolute path of a store that every node sees}"
@@ -16,14 +16,16 @@ export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 config="$(realpath -- "$1")"
 [[ -f "$config" ]] || { echo "configuration $1 does not exist" >&2; exit 2; }
-config="${config#"$root"/}"
+[[ "$config" != "$root"/configs/* ]] || config="${config#"$root"/}"
 
-# Only code and configurations travel; Ray refuses a working directory of more than 500 MiB.
+# Code and configurations travel, and nothing else. What setup compiled travels with the code, though git ignores it: a
+# node without it would compute other last bits, and so other bytes, under the same keys.
+export RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1
 runtime_env="$(python3 - "$root" <<'PYTHON'
 import json, os, sys
 
-excludes = [".git", ".venv", "tests", "infra/bench", "bd-store*", "mlruns", "*.egg-info", "__pycache__", ".*_cache",
-            ".hypothesis", "*.tar", "*.npy", "*.parquet", "*.safetensors", "*.db"]
+excludes = [f"/{name}" for name in os.listdir(sys.argv[1]) if name not in ("bd_core", "pipeline", "configs")]
+excludes.append("__pycache__")
 passed = [name for name in os.environ if name == "BD_STORE" or name.startswith("MLFLOW_")]
 print(json.dumps({"working_dir": sys.argv[1], "excludes": excludes,
                   "env_vars": {name: os.environ[name] for name in passed}}))
