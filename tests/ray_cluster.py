@@ -62,7 +62,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 def node_environment() -> dict[str, str]:
     """This process's environment with our commands on the path, and the tests' own stages for the workers."""
-    paths = [REPOSITORY / name for name in ("tests", "tests/pipeline", "tests/pipeline/executors")]
+    paths = [REPOSITORY / name for name in ("tests", "tests/pipeline/executors")]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {
         # Ray Train leaves a detached actor behind, for whose end a node would wait half a minute.
