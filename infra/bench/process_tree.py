@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SAMPLE_EVERY_S = 0.5
+SAMPLE_EVERY_S = 2.0  # reading a large process costs milliseconds, and the run shares these cores
 
 
 @dataclass(frozen=True)
