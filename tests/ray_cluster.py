@@ -67,6 +67,7 @@ def node_environment() -> dict[str, str]:
     return inherited | {
         # Ray Train leaves a detached actor behind, for whose end a node would wait half a minute.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_worker_niceness": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }

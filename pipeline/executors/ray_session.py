@@ -27,6 +27,8 @@ SCRATCH_PARENT = Path("/tmp")
 # Set before Ray is imported, unless the user has set them.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's own 15 is for nodes that do nothing else; beside any other work its workers would hardly run.
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     # Polled every 2 s otherwise: a short fit would mostly wait.
