@@ -42,7 +42,9 @@ check: setup ## formatting, lint, types, layers
 	$(BIN)/lint-imports
 
 bench: setup ## the benchmarks that fit a laptop; results go to infra/bench/results
-	$(BIN)/python -m infra.bench.bench_demo
+	$(BIN)/python -m infra.bench.bench_demo times --save
+	$(BIN)/python -m infra.bench.bench_demo accuracy --seeds 0 1 2 --save
+	$(BIN)/python -m infra.bench.bench_merged --quick
 
 lock: setup ## write requirements.lock from the environment, without addresses
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|pip|setuptools|wheel)==' > requirements.lock

@@ -34,22 +34,29 @@ VERSIONED = ("torch", "ray", "open_clip_torch", "mlflow", "numpy")
 def main() -> None:
     """Measure, print, and save where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--save", action="store_true", help="write infra/bench/results/demo_<machine>_<date>.md")
-    parser.add_argument("--keep", type=Path, help="keep the stores below this directory")
+    parser.add_argument("what", choices=("times", "accuracy"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--save", action="store_true", help="write infra/bench/results/demo_<what>_<machine>_<date>.md")
+    parser.add_argument(
+        "--keep", type=Path, help="keep the stores below this directory; finished ones are not run again"
+    )
     arguments = parser.parse_args()
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="bench-demo-"))
-    lines = _times(root, arguments.seeds[0])
-    for seed in arguments.seeds[1:]:
-        _checked(measure(_run(root / f"seed{seed}", f"seed={seed}")))
-    lines += _table(root, arguments.seeds)
-    text = "\n".join([*_header(arguments.seeds), *lines]) + "\n"
+    lines = _times(root, arguments.seeds[0]) if arguments.what == "times" else _accuracy(root, arguments.seeds)
+    text = "\n".join([*_header(arguments.what, arguments.seeds), *lines]) + "\n"
     sys.stdout.write(text)
     if arguments.save:
-        name = f"demo_{platform.machine()}-{_cpus()}cores_{time.strftime('%Y%m%d')}.md"
+        name = f"demo_{arguments.what}_{platform.machine()}-{_cpus()}cores_{time.strftime('%Y%m%d')}.md"
         (RESULTS / name).write_text(text, encoding="utf-8")
     if arguments.keep is None:
         shutil.rmtree(root)
+
+
+def _accuracy(root: Path, seeds: Sequence[int]) -> list[str]:
+    """One run a seed: other models, other fits, the same images and corruptions."""
+    for seed in seeds:
+        _checked(measure(_run(root / f"seed{seed}", f"seed={seed}")))
+    return _table(root, seeds)
 
 
 def _times(root: Path, seed: int) -> list[str]:
@@ -143,13 +150,14 @@ def _checked(measured: Measured) -> Measured:
     return measured
 
 
-def _header(seeds: Sequence[int]) -> list[str]:
+def _header(what: str, seeds: Sequence[int]) -> list[str]:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in VERSIONED)
-    command = f"python -m infra.bench.bench_demo --seeds {' '.join(map(str, seeds))} --save"
+    command = f"python -m infra.bench.bench_demo {what} --seeds {' '.join(map(str, seeds))} --save"
     return [
         "# The demo, measured",
         "",
-        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {_cpus()} cores, no GPU.",
+        f"Command: `{command}`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {_cpus()} cores, no GPU, load "
+        f"average {os.getloadavg()[2]:.1f} over the last 15 minutes (1 to 2 is the run itself).",
         f"Python {platform.python_version()}, {versions}.",
         "",
     ]
