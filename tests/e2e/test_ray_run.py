@@ -171,8 +171,6 @@ def test_a_request_that_no_ray_can_meet_ends_with_2_before_any_unit(
 ) -> None:
     command = watch(tiny_project.write(executor=ON_RAY), "fit_router.workers=3")
     assert command.end() == 2
-    assert (
-        "fit_router.workers: 3 workers with resources.fit_router.cpus=1 each, the Ray at local has 2" in command.output
-    )
+    assert "resources.fit_router.cpus: 1 for each of 3 workers, the local Ray has 2" in command.output
     assert list(Store(tiny_project.root / "store").units()) == []
     assert gone(command) and command.scratch() == []
