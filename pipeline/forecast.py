@@ -24,13 +24,14 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
     model = model_header(config.models.model)
     full, tower = _size(model), _size({name: value for name, value in model.items() if name.startswith("visual.")})
     n_tasks = len(sources)
-    routed = [name for name in config.export.methods if name in ROUTED] + list(config.fit_router.variants)
-    n_static = len(config.export.methods) + len(config.fit_router.variants) - len(routed)
+    n_routed = len(ROUTED & set(config.baselines.methods))
+    routed_size = (2 + n_tasks) * tower
     known: dict[str, float | None] = {
         "shard": _total([source.size_bytes() for source in sources]),
         "base": full,
         "experts": n_tasks * tower,
-        "export": n_static * tower + len(routed) * (2 + n_tasks) * tower,
+        "baselines": (len(config.baselines.methods) - n_routed) * tower + n_routed * routed_size,
+        "export": len(config.fit_router.variants) * routed_size,
     }
     width, dim = (model[name].shape[axis] for name, axis in (("visual.class_embedding", 0), ("visual.proj", 1)))
     train, test = (_total([_images(source, split) for source in sources]) for split in ("train", "test"))

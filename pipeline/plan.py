@@ -1,6 +1,6 @@
-"""What will run and why: the walk over the stages that `run`, `plan` and `status` share."""
+"""What will run and why: the units of a stage, which of them the store holds, and what the others will cost."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +41,10 @@ def plan_stage(stage: Stage, inputs: Inputs, store: Store) -> StagePlan:
     return plan
 
 
-def walk(
-    stages: Sequence[Stage], store: Store, complete: Callable[[StagePlan], None] | None = None
-) -> Iterator[StagePlan | Stage]:
-    """Each stage's plan in order; `complete(plan)` may do what is missing.
+def walk(stages: Sequence[Stage], store: Store) -> Iterator[StagePlan | Stage]:
+    """Each stage's plan in order, as far as the store allows.
 
-    Without it the walk cannot see past a stage with missing units: stages that need one are given as they are.
+    A stage that needs one with missing units cannot be planned yet and is given as it is.
     """
     done: dict[str, list[Artefact]] = {}
     for stage in stages:
@@ -54,8 +52,6 @@ def walk(
             yield stage
             continue
         plan = plan_stage(stage, {name: done[name] for name in stage.needs}, store)
-        if plan.missing and complete is not None:
-            complete(plan)
         if not plan.missing:
             done[stage.name] = plan.artefacts
         yield plan

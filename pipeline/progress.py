@@ -1,52 +1,67 @@
-"""Progress: one live line a stage on a terminal, plain lines otherwise."""
+"""Progress: one live line on a terminal, plain lines otherwise."""
 
 import sys
+from dataclasses import dataclass
 from time import perf_counter
 
 from pipeline import logs
 
 PLAIN_EVERY_S = 15.0
+ERASE = "\r\x1b[K"
+
+
+@dataclass
+class _Running:
+    total: int
+    reused: int
+    done: int
+    began: float
+    said: float
 
 
 class Progress:
-    """Shows where a stage stands; the last word on each stage is a log line."""
+    """Shows where the stages under way stand; the last word on each stage is a log line."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
-        self._stage, self._total, self._done, self._reused = "", 0, 0, 0
-        self._began = self._said = 0.0
+        self._stages: dict[str, _Running] = {}
 
     def begin(self, stage: str, what: str, total: int, reused: int) -> None:
         """A stage begins with `reused` of `total` units in the store."""
-        self._stage, self._total, self._done, self._reused = stage, total, reused, reused
-        self._began = self._said = perf_counter()
-        if reused < total:
-            self._show(what)
+        now = perf_counter()
+        self._stages[stage] = _Running(total, reused, reused, now, now)
+        self._show(stage, what)
 
-    def step(self, unit: str) -> None:
+    def step(self, stage: str, unit: str) -> None:
         """One unit ended."""
-        self._done += 1
-        if self._live or perf_counter() - self._said > PLAIN_EVERY_S:
-            self._said = perf_counter()
-            self._show(unit)
+        running = self._stages[stage]
+        running.done += 1
+        if self._live or perf_counter() - running.said > PLAIN_EVERY_S:
+            running.said = perf_counter()
+            self._show(stage, unit)
 
-    def end(self, rows: int, rejected: int) -> None:
+    def end(self, stage: str, rows: int, rejected: int) -> None:
         """The stage ended."""
+        running = self._stages.pop(stage)
         if self._live:
-            sys.stderr.write("\r\x1b[K")
+            sys.stderr.write(ERASE)
+        seconds = round(perf_counter() - running.began, 1)
         logs.fact(
-            f"{self._stage:<10} done",
-            units=self._total,
-            reused=self._reused,
+            f"{stage:<10} done",
+            units=running.total,
+            reused=running.reused,
             rows=rows,
             rejected=rejected,
-            seconds=round(perf_counter() - self._began, 1),
+            seconds=seconds,
         )
 
-    def _show(self, detail: str) -> None:
+    def _show(self, stage: str, detail: str) -> None:
         if self._live:
-            seconds = perf_counter() - self._began
-            sys.stderr.write(f"\r\x1b[K{self._stage} {self._done}/{self._total} {seconds:.0f} s {detail[:60]}")
+            now = perf_counter()
+            each = (f"{name} {r.done}/{r.total} {now - r.began:.0f} s" for name, r in self._stages.items())
+            sys.stderr.write(f"{ERASE}{', '.join(each)}; {detail[:60]}")
             sys.stderr.flush()
         else:
-            logs.fact(f"{self._stage:<10} runs", done=f"{self._done}/{self._total}", at=detail.replace(" ", "-"))
+            running = self._stages[stage]
+            at = detail.replace(" ", "-")
+            logs.fact(f"{stage:<10} runs", done=f"{running.done}/{running.total}", at=at)

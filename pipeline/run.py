@@ -1,18 +1,20 @@
-"""The one loop that walks the stages and does what is missing."""
+"""The one loop over the stages: each begins when those it needs are done, and does what is missing."""
 
 import shlex
 import sys
-from collections.abc import Callable
-from time import perf_counter
+from dataclasses import dataclass, field
+from time import time
 from typing import Any
 
 from pipeline import logs
 from pipeline.errors import UnitsFailed
 from pipeline.executors import Executor, Outcome
-from pipeline.plan import StagePlan, walk
+from pipeline.plan import StagePlan, plan_stage
 from pipeline.progress import Progress
 from pipeline.record import RunRecord, now, read_record, run_ids
-from pipeline.store import Store, hold
+from pipeline.stage import Stage
+from pipeline.store import Artefact, Store, hold
+from pipeline.timing import TOTAL, stage_times
 from pipeline.workflow import Workflow
 
 
@@ -30,9 +32,24 @@ def run(workflow: Workflow, resume_command: str) -> RunRecord:
         return _Run(workflow, store, resume_command).go()
 
 
+@dataclass
+class _Running:
+    """A stage under way."""
+
+    plan: StagePlan
+    began: float
+    outcomes: list[Outcome] = field(default_factory=list)
+    to_do: int = 0
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.artefact is None]
+
+
 class _Run:
     def __init__(self, workflow: Workflow, store: Store, resume_command: str) -> None:
         self._workflow, self._store, self._resume_command = workflow, store, resume_command
+        self._started = time()
         self._record = RunRecord.begin(workflow.name, workflow.described(), workflow.hashed())
         known = ("run_id", "name", "created", "git", "versions", "config")
         workflow.about.update({name: getattr(self._record, name) for name in known})
@@ -43,27 +60,33 @@ class _Run:
             self._record.stages = dict(self._previous.stages)
         self._executor: Executor | None = None
         self._progress = Progress()
-        self._started = perf_counter()
+        self._waiting: list[Stage] = list(workflow.stages)
+        self._running: dict[str, _Running] = {}
+        self._done: dict[str, list[Artefact]] = {}
+        self._failed: list[_Running] = []
 
     def go(self) -> RunRecord:
         record = self._record
         try:
-            for plan in walk(self._workflow.stages, self._store, self._complete):
-                assert isinstance(plan, StagePlan)
-                self._pin(plan)
+            self._begin_what_can()
+            while self._running:
+                self._take_one_outcome()
+                self._begin_what_can()
         finally:
             if self._executor is not None:
                 self._executor.close()
+        if self._failed:
+            raise self._failure()
         if self._nothing_new():
             assert self._previous is not None
             logs.fact("nothing to do, every unit is in the store", run=record.run_id)
             return self._previous
         record.finished = now()
         record.write(self._store)
-        began = perf_counter()
+        began = time()
         record.tracked = self._workflow.track(record, record.artefacts(self._store))
-        self._note("tracking", wall_s=perf_counter() - began)
-        self._note("total", wall_s=perf_counter() - self._started)
+        self._note("tracking", began)
+        self._note(TOTAL, self._started)
         record.write(self._store)
         return record
 
@@ -76,56 +99,53 @@ class _Run:
             and (previous.tracked is not None or not self._workflow.tracks)
         )
 
-    def _complete(self, plan: StagePlan) -> None:
-        """Do the missing units of one stage."""
+    def _begin_what_can(self) -> None:
+        """Begin every stage whose needs are met; none once a unit has failed."""
+        for stage in list(self._waiting):
+            if self._failed or any(name not in self._done for name in stage.needs):
+                continue
+            self._waiting.remove(stage)
+            plan = plan_stage(stage, {name: self._done[name] for name in stage.needs}, self._store)
+            # Pinned before its units are made: what is finished when the run dies is kept for the next attempt.
+            self._record.stages[stage.name] = {each.unit.id: each.key for each in plan.planned}
+            if plan.missing:
+                self._begin(plan)
+            else:
+                self._done[stage.name] = plan.artefacts
+
+    def _begin(self, plan: StagePlan) -> None:
+        """Hand the missing units of one stage to the executor."""
         stage = plan.stage
-        began = perf_counter()
         self._set_damaged_aside(plan)
-        # Pinned before they are made: what is finished when the run dies is kept for the next attempt.
-        self._pin(plan)
         self._record.write(self._store)
         if self._executor is None:
+            began = time()
             self._executor = self._workflow.executor(self._store, self._record.run_id)
-            self._note("executor start", wall_s=perf_counter() - began)
-            began = perf_counter()
-        outcomes: list[Outcome] = []
+            self._note("executor start", began)
+            self._workflow.warm_up_tracking()
+        running = _Running(plan, began=time(), to_do=len(plan.missing))
+        self._running[stage.name] = running
         self._progress.begin(stage.name, stage.what, len(plan.planned), len(plan.found))
-        self._executor.run(stage, plan.missing, self._each(plan, outcomes))
-        failures = [outcome for outcome in outcomes if outcome.artefact is None]
-        if failures:
-            raise self._failure(stage.name, len(outcomes), failures)
-        made = [outcome.artefact for outcome in outcomes if outcome.artefact is not None]
-        rows, rejected = (sum(int(a.report[name]) for a in plan.artefacts) for name in ("rows_in", "rejected"))
-        self._progress.end(rows, rejected)
-        spans: dict[str, float] = {}
-        for artefact in made:
-            for name, seconds in artefact.report["seconds"].items():
-                spans[name] = spans.get(name, 0.0) + seconds
-        self._note(
-            stage.name,
-            units=len(plan.planned),
-            reused=len(plan.planned) - len(made),
-            wall_s=perf_counter() - began,
-            busy_s=sum(artefact.made["process_s"] for artefact in made),
-            commit_s=sum(artefact.made["commit_s"] for artefact in made),
-            lanes=min(len(made), max(1, int(self._executor.parallelism // max(1.0, stage.resources.cpus)))),
-            spans=spans,
-            # The stage takes as long as its slowest unit at least, whatever the other lanes do meanwhile.
-            slowest_spans=max(made, key=lambda artefact: float(artefact.made["process_s"])).report["seconds"],
-            bytes=sum(artefact.size_bytes for artefact in plan.artefacts),
-        )
+        self._executor.start(stage, plan.missing)
 
-    def _pin(self, plan: StagePlan) -> None:
-        self._record.stages[plan.stage.name] = {each.unit.id: each.key for each in plan.planned}
-
-    def _each(self, plan: StagePlan, outcomes: list[Outcome]) -> Callable[[Outcome], None]:
-        def done(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            if outcome.artefact is not None:
-                plan.found[outcome.unit] = outcome.artefact
-            self._progress.step(outcome.unit)
-
-        return done
+    def _take_one_outcome(self) -> None:
+        assert self._executor is not None
+        name, outcome = self._executor.wait()
+        running = self._running[name]
+        running.outcomes.append(outcome)
+        if outcome.artefact is not None:
+            running.plan.found[outcome.unit] = outcome.artefact
+        self._progress.step(name, outcome.unit)
+        if len(running.outcomes) < running.to_do:
+            return
+        del self._running[name]
+        if running.failures:
+            self._failed.append(running)
+            return
+        self._done[name] = artefacts = running.plan.artefacts
+        self._progress.end(name, *(sum(int(a.report[count]) for a in artefacts) for count in ("rows_in", "rejected")))
+        made = [outcome.artefact for outcome in running.outcomes if outcome.artefact is not None]
+        self._note(name, running.began, **stage_times(made, self._started, len(artefacts)))
 
     def _set_damaged_aside(self, plan: StagePlan) -> None:
         for each in plan.missing:
@@ -134,19 +154,27 @@ class _Run:
                 moved = self._store.set_aside(directory)
                 logs.fact("a damaged unit is set aside and made again", level=30, unit=directory.name, to=moved)
 
-    def _note(self, stage: str, **facts: Any) -> None:
-        self._record.timing.append({"stage": stage, **facts})
+    def _note(self, stage: str, began: float, **facts: Any) -> None:
+        """A row of the record: when this began, in seconds of the run, how long it took, and `facts`."""
+        since, wall = began - self._started, time() - began
+        self._record.timing.append({"stage": stage, "began_s": round(since, 3), "wall_s": round(wall, 3), **facts})
         self._workflow.timing[:] = self._record.timing
 
-    def _failure(self, stage: str, total: int, failures: list[Outcome]) -> UnitsFailed:
+    def _failure(self) -> UnitsFailed:
+        """What ends the run: the first stage that failed; of the others the log tells."""
+        failed = self._failed[0]
+        failures = failed.failures
         first = failures[0]
         shown = "\n  ".join(str(failure.log or "none, see above") for failure in failures[:5])
         more = f"\n  and {len(failures) - 5} more" if len(failures) > 5 else ""
+        others = ", ".join(other.plan.stage.name for other in self._failed[1:])
         error = UnitsFailed(
-            f"{stage}: {len(failures)} of {total} units failed; first ({first.unit}): {first.error}\n"
-            f"logs:\n  {shown}{more}\nwhat succeeded is kept; resume with:\n  {self._resume_command}"
+            f"{failed.plan.stage.name}: {len(failures)} of {len(failed.outcomes)} units failed; first ({first.unit}): "
+            f"{first.error}\nlogs:\n  {shown}{more}\n"
+            + (f"units of {others} failed as well, see above\n" if others else "")
+            + f"what succeeded is kept; resume with:\n  {self._resume_command}"
         )
-        error.exit_code = max(failure.exit_code for failure in failures)
+        error.exit_code = max(failure.exit_code for each in self._failed for failure in each.failures)
         return error
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.config import Resources, Spec
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 Inputs = Mapping[str, Sequence[Artefact]]
+
+MAX_SPANS = 4096
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,36 @@ class Unit:
 
 @dataclass
 class StageReport:
-    """What one unit says of its work. `rows_in == rows_out + rejected` is checked for every unit."""
+    """What one unit says of its work. `rows_in == rows_out + rejected` is checked for every unit.
+
+    `seconds` sums the time by kind of work; `spans` says when: [kind, began, ended], in seconds of the clock.
+    """
 
     rows_in: int
     rows_out: int
     rejected: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[list[Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Add the time of the block to `seconds[name]`."""
-        began = perf_counter()
+        """Count the time of the block as `name`."""
+        began, start = time(), perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - began
+            self.took(name, began, perf_counter() - start)
+
+    def took(self, name: str, began: float, seconds: float) -> None:
+        """Count these seconds as `name`. Of very many spans the last one grows: the sums stay right."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        same = next((span for span in reversed(self.spans) if span[0] == name), None)
+        if len(self.spans) < MAX_SPANS or same is None:
+            self.spans.append([name, began, began + seconds])
+        else:
+            same[2] += seconds
 
 
 class Stage(ABC):

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -15,6 +16,7 @@ from pipeline.errors import ConfigError, Faults
 from pipeline.executors import Executor, RayExecutor, RaySpec, SerialExecutor, SerialSpec
 from pipeline.record import RunRecord
 from pipeline.stage import Stage
+from pipeline.stages.baselines import Baselines, BaselinesSpec
 from pipeline.stages.corrupt import Corrupt, CorruptSpec
 from pipeline.stages.detect import Detect, DetectSpec
 from pipeline.stages.embed import Embed, EmbedSpec
@@ -60,8 +62,8 @@ class Config(Spec):
     neighbours: NeighboursSpec = NeighboursSpec()
     score: ScoreSpec = ScoreSpec()
     threshold: ThresholdSpec = ThresholdSpec()
+    baselines: BaselinesSpec = BaselinesSpec()
     fit_router: FitRouterSpec = FitRouterSpec()
-    export: ExportSpec = ExportSpec()
     corrupt: CorruptSpec = CorruptSpec()
     detect: DetectSpec = DetectSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -128,6 +130,7 @@ STAGES: tuple[type[Stage], ...] = (
     Score,
     Threshold,
     Pairs,
+    Baselines,
     FitRouter,
     Export,
     Corrupt,
@@ -150,6 +153,7 @@ class Workflow:
         self.timing: list[dict[str, Any]] = []  # filled while it runs, for the report
         self.about: dict[str, Any] = {}  # likewise: which run this is
         self.tracks = config.tracking.enabled
+        self._warming: threading.Thread | None = None
         self.stages = self._stages()
         if (
             isinstance(config.executor, RaySpec)
@@ -232,12 +236,22 @@ class Workflow:
             return 1
         return spec.cpus or os.cpu_count() or 1
 
+    def warm_up_tracking(self) -> None:
+        """Ready the tracker beside the run, since MLflow takes seconds to import and to make its tables."""
+        if self.tracks:
+            from pipeline.tracking import warm_up
+
+            self._warming = threading.Thread(target=warm_up, args=(self.tracking_uri(),), daemon=True)
+            self._warming.start()
+
     def track(self, record: RunRecord, artefacts: Mapping[str, Sequence[Artefact]]) -> str | None:
         """Where the run can be seen in MLflow; None when tracking is off or the tracker is down."""
         if not self.tracks:
             return None
         from pipeline.tracking import track_run
 
+        if self._warming is not None:
+            self._warming.join()
         return track_run(record, artefacts, uri=self.tracking_uri(), experiment=self.config.tracking.experiment)
 
     def tracking_uri(self) -> str:
@@ -266,8 +280,9 @@ class Workflow:
             Score(config.score, self._resources("score")),
             Threshold(config.threshold, self._resources("threshold")),
             Pairs(PairsSpec(), self._resources("pairs")),
+            Baselines(config.baselines, self._resources("baselines"), seed),
             FitRouter(config.fit_router, self._resources("fit_router"), seed),
-            Export(config.export, self._resources("export"), seed),
+            Export(ExportSpec(), self._resources("export")),
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),
             Evaluate(config.evaluate, self._resources("evaluate")),
             Detect(config.detect, config.score, self._resources("detect")),

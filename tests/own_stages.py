@@ -89,6 +89,23 @@ class Total(Stage):
         return StageReport(rows_in=len(unit.inputs), rows_out=len(unit.inputs))
 
 
+class Letters(Stage):
+    """Needs nothing, so it begins beside the numbers."""
+
+    name: ClassVar[str] = "letters"
+    version: ClassVar[int] = 1
+    trouble: Path | None = None
+
+    def units(self, inputs: Inputs) -> list[Unit]:
+        return [Unit("letters")]
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        if self.trouble is not None and (self.trouble / "fail-letters").exists():
+            raise DataError("letters are in trouble")
+        (out_dir / "letters.txt").write_text("abc")
+        return StageReport(rows_in=3, rows_out=3)
+
+
 def own_workflow(
     tiny: Tiny,
     *,

@@ -56,7 +56,7 @@ def make_tiny(root: Path) -> Tiny:
         "fit_head": {"steps": 6, "batch_size": 16, "checkpoint_every": 2},
         "index": {"sample": 96, "recall_sample": 16, "max_isolated": 0.1},
         "fit_router": {"steps": 4, "batch_per_task": 4, "contrastive_anchors": 2, "checkpoint_every": 2},
-        "export": {"methods": {"task_arithmetic": {}, "adamerging": {"steps": 2}, "twin_merging": {}}},
+        "baselines": {"methods": {"task_arithmetic": {}, "adamerging": {"steps": 2}, "twin_merging": {}}},
         "corrupt": {"corruptions": ["brightness", "contrast"], "levels": {"L1": 1, "L3": 5}},
         "executor": {"kind": "serial"},
         "tracking": {"enabled": False},

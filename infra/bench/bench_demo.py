@@ -1,6 +1,8 @@
-"""The demo measured: cold, with models cached, and again; memory; overhead; and who wins over several seeds.
+"""The demo measured: cold, with models cached, and again; memory; overhead; who wins over several seeds; ablations.
 
-python -m infra.bench.bench_demo --seeds 0 1 2 --save
+python -m infra.bench.bench_demo times --save
+python -m infra.bench.bench_demo accuracy --seeds 0 1 2 --save
+python -m infra.bench.bench_demo ablations --seeds 0 1 2 --save
 """
 
 import argparse
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.bench.process_tree import Measured, measure
-from pipeline.reporting.timing import TOTAL, overhead_items, read_timing
+from pipeline.timing import read_timing, spent
 
 CONFIG = "configs/demo.yaml"
 RESULTS = Path(__file__).parent / "results"
@@ -28,13 +30,20 @@ MEMORY_LIMIT_GIB = 4.0
 OVERHEAD_LIMIT = 0.25
 SHIFTED = ("L1", "L2", "L3")
 OURS, RIVALS = "bd_layer", ("task_arithmetic", "ties", "adamerging")
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "demo": (),
+    "without-information": ("fit_router.information_weight=0",),
+    "without-contrast": ("fit_router.contrastive_weight=0",),
+    "without-both": ("fit_router.information_weight=0", "fit_router.contrastive_weight=0"),
+    "contrast-tenfold": ("fit_router.contrastive_weight=1",),
+}
 VERSIONED = ("torch", "ray", "open_clip_torch", "mlflow", "numpy")
 
 
 def main() -> None:
     """Measure, print, and save where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("times", "accuracy"))
+    parser.add_argument("what", choices=("times", "accuracy", "ablations"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--save", action="store_true", help="write infra/bench/results/demo_<what>_<machine>_<date>.md")
     parser.add_argument(
@@ -42,11 +51,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="bench-demo-"))
-    lines = _times(root, arguments.seeds[0]) if arguments.what == "times" else _accuracy(root, arguments.seeds)
+    if arguments.what == "times":
+        lines = _times(root, arguments.seeds[0])
+    else:
+        lines = (_accuracy if arguments.what == "accuracy" else _ablations)(root, arguments.seeds)
     text = "\n".join([*_header(arguments.what, arguments.seeds), *lines]) + "\n"
     sys.stdout.write(text)
     if arguments.save:
         name = f"demo_{arguments.what}_{platform.machine()}-{_cpus()}cores_{time.strftime('%Y%m%d')}.md"
+        RESULTS.mkdir(exist_ok=True)
         (RESULTS / name).write_text(text, encoding="utf-8")
     if arguments.keep is None:
         shutil.rmtree(root)
@@ -57,6 +70,31 @@ def _accuracy(root: Path, seeds: Sequence[int]) -> list[str]:
     for seed in seeds:
         _checked(measure(_run(root / f"seed{seed}", f"seed={seed}")))
     return _table(root, seeds)
+
+
+def _ablations(root: Path, seeds: Sequence[int]) -> list[str]:
+    """The routers fitted again without one of their losses each, on the same models, pairs and images."""
+    lines = [
+        "## Ablations, task known, mean over the tasks, mean ± sd over the seeds",
+        "",
+        "| fit_router | variant | clean | L1 | L2 | L3 | mean L1-L3 | minus default, by seed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    default: dict[str, list[float]] = {}
+    for name, overrides in ABLATIONS.items():
+        for seed in seeds:
+            _checked(measure(_run(root / f"seed{seed}", f"seed={seed}", f"name={name}", *overrides)))
+        by_seed = [_accuracies(root / f"seed{seed}", name) for seed in seeds]
+        for variant in (OURS, "bd_task"):
+            cells = [[100 * found[variant]["levels"][level] for found in by_seed] for level in ("clean", *SHIFTED)]
+            cells.append([_shifted(found[variant]) for found in by_seed])
+            gaps = [
+                mine - theirs for mine, theirs in zip(cells[-1], default.setdefault(variant, cells[-1]), strict=True)
+            ]
+            said = ", ".join(o.removeprefix("fit_router.") for o in overrides) or "as configured"
+            shown = [*(_spread(cell) for cell in cells), ", ".join(f"{gap:+.1f}" for gap in gaps)]
+            lines.append(f"| {said} | {by_seed[0][variant]['title']} | {' | '.join(shown)} |")
+    return lines
 
 
 def _times(root: Path, seed: int) -> list[str]:
@@ -77,18 +115,13 @@ def _times(root: Path, seed: int) -> list[str]:
 
 def _overhead(store: Path) -> list[str]:
     """Where the cold run's time went, by the run's own record."""
-    rows = _record(store)["timing"]
-    (total,) = (float(row["wall_s"]) for row in rows if row["stage"] == TOTAL)
-    times = read_timing(rows)
-    passes = sum(each.compute_s for each in times)
-    items = overhead_items(times, {})
-    known = passes + sum(seconds for _, seconds in items)
-    items.append(("start of the process, checks, keys, run record", total - known))
+    where = spent(read_timing(_record(store)["timing"]))
     lines = ["## Where the cold run's time went", "", "| what | seconds | share |", "|---|---|---|"]
     lines += [
-        f"| {name} | {s:.1f} | {s / total:.1%} |" for name, s in (("forward and backward passes", passes), *items)
+        f"| {name} | {seconds:.1f} | {seconds / where.total_s:.1%} |"
+        for name, seconds in (("a forward or backward pass runs", where.passes_s), *where.others)
     ]
-    lines += ["", f"Outside the passes: {1 - passes / total:.1%} (target: at most {OVERHEAD_LIMIT:.0%}).", ""]
+    lines += ["", f"While no pass runs: {where.overhead_share:.1%} (target: at most {OVERHEAD_LIMIT:.0%}).", ""]
     return lines
 
 
@@ -112,9 +145,9 @@ def _table(root: Path, seeds: Sequence[int]) -> list[str]:
     return lines
 
 
-def _accuracies(store: Path) -> dict[str, dict[str, Any]]:
+def _accuracies(store: Path, name: str = "demo") -> dict[str, dict[str, Any]]:
     found = {}
-    pins = _record(store)["stages"]["evaluate"]
+    pins = _record(store, name)["stages"]["evaluate"]
     for model, key in pins.items():
         metrics = json.loads((store / "evaluate" / f"{model}-{key[:12]}" / "metrics.json").read_text())
         levels = metrics["protocols"]["task_known"]
@@ -125,8 +158,8 @@ def _accuracies(store: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _record(store: Path) -> dict[str, Any]:
-    (path,) = store.glob("runs/*/run.json")
+def _record(store: Path, name: str = "demo") -> dict[str, Any]:
+    (path,) = (path for path in store.glob("runs/*/run.json") if path.parent.name.rpartition("-")[0] == name)
     record: dict[str, Any] = json.loads(path.read_text())
     return record
 

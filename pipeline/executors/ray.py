@@ -6,8 +6,9 @@ can take it. A fit is a task as well: it holds no CPU and starts the Ray Train j
 and settings travel. A dead worker or a lost object is retried by Ray up to three times; an exception of ours never is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline import logs
 from pipeline.executors.ray_session import RaySession, RaySpec
@@ -32,10 +33,10 @@ class RayExecutor:
         except BaseException:
             self._session.close()
             raise
-        self.parallelism = max(1, int(self._session.cpus))
+        self._waiting: dict[Any, tuple[str, Planned]] = {}
 
-    def run(self, stage: Stage, planned: Sequence[Planned], done: Callable[[Outcome], None]) -> None:
-        """Do every unit of `planned`, calling `done` once for each as it ends."""
+    def start(self, stage: Stage, planned: Sequence[Planned]) -> None:
+        """Hand every unit of `planned` to Ray."""
         ray = self._session.ray
         self._session.check(stage)
         fits = isinstance(stage, FitStage)
@@ -47,20 +48,22 @@ class RayExecutor:
             retry_exceptions=False,
             name=stage.name,
         )
-        # Equal tokens share one set-up; every call of `run` has units of its own.
+        # Equal tokens share one set-up; every call of `start` has units of its own.
         token = f"{self._run_id}-{stage.name}-{planned[0].key}"
         shared = ray.put((stage, self._store.root, self._run_id, self._spec if fits else token))
-        waiting = {task.remote(shared, each): each for each in planned}
-        while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1)
-            for reference in ready:
-                each = waiting.pop(reference)
-                try:
-                    outcome = ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    # Ray itself gave the unit up: its worker was lost more often than it retries.
-                    outcome = failed(self._store, self._run_id, stage.name, each.unit.id, error)
-                done(outcome)
+        self._waiting |= {task.remote(shared, each): (stage.name, each) for each in planned}
+
+    def wait(self) -> tuple[str, Outcome]:
+        """The stage's name and the outcome of the next unit to end."""
+        ray = self._session.ray
+        (reference,), _ = ray.wait(list(self._waiting), num_returns=1)
+        stage, each = self._waiting.pop(reference)
+        try:
+            outcome: Outcome = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            # Ray itself gave the unit up: its worker was lost more often than it retries.
+            outcome = failed(self._store, self._run_id, stage, each.unit.id, error)
+        return stage, outcome
 
     def close(self) -> None:
         """Leave Ray; a local one ends."""

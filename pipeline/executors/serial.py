@@ -1,6 +1,7 @@
 """Every unit in this process, one after the other: for tests, debugging and the smallest machines."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 from pipeline.config import Spec
@@ -16,18 +17,21 @@ class SerialSpec(Spec):
 
 
 class SerialExecutor:
-    """Runs units in order in the calling process."""
-
-    parallelism = 1
+    """Runs units in the calling process, in the order in which they were taken on."""
 
     def __init__(self, store: Store, run_id: str) -> None:
         self._runner = UnitRunner(store, run_id)
+        self._waiting: deque[tuple[Stage, Planned, str]] = deque()
 
-    def run(self, stage: Stage, planned: Sequence[Planned], done: Callable[[Outcome], None]) -> None:
-        """Do every unit of `planned`, calling `done` once for each."""
+    def start(self, stage: Stage, planned: Sequence[Planned]) -> None:
+        """Take on every unit of `planned`."""
         token = f"{stage.name}-{planned[0].key}"
-        for each in planned:
-            done(self._runner(stage, each, token))
+        self._waiting.extend((stage, each, token) for each in planned)
+
+    def wait(self) -> tuple[str, Outcome]:
+        """Do the next unit."""
+        stage, planned, token = self._waiting.popleft()
+        return stage.name, self._runner(stage, planned, token)
 
     def close(self) -> None:
         """Nothing was started, so nothing is released."""

@@ -5,10 +5,10 @@ import os
 import random
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Protocol
 
 from pipeline import logs
@@ -39,12 +39,14 @@ class Outcome:
 
 
 class Executor(Protocol):
-    """Runs units of a stage and reports each as it ends; one failing unit does not stop its siblings."""
+    """Does units of any number of stages and tells of each as it ends; a failing unit does not stop its siblings."""
 
-    parallelism: int
+    def start(self, stage: Stage, planned: Sequence[Planned]) -> None:
+        """Take on every unit of `planned`."""
+        ...
 
-    def run(self, stage: Stage, planned: Sequence[Planned], done: Callable[[Outcome], None]) -> None:
-        """Do every unit of `planned`, calling `done` once for each."""
+    def wait(self) -> tuple[str, Outcome]:
+        """The stage's name and the outcome of the next unit to end, of those taken on."""
         ...
 
     def close(self) -> None:
@@ -72,19 +74,19 @@ class UnitRunner:
 
     def _commit(self, stage: Stage, planned: Planned, token: str) -> Artefact:
         _pin_threads(stage.resources.threads, planned.key)
-        began = perf_counter()
+        began, start = time(), perf_counter()
         if self._token != token:
             self._ready, self._token = None, ""  # the last stage's model is released before the next is loaded
             stage.setup(planned.unit)
             self._ready, self._token = stage, token
-        ready, setup_s = self._ready, perf_counter() - began
+        ready, setup_s = self._ready, perf_counter() - start
         assert ready is not None
         unit = planned.unit
 
         def produce(directory: Path) -> StageReport:
             report = self._process(ready, unit, directory)
             assert report.rows_in == report.rows_out + report.rejected, f"{stage.name} {unit.id} lost rows: {report}"
-            report.seconds["setup"] = setup_s
+            report.took("setup", began, setup_s)
             return report
 
         return commit(

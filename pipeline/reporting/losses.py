@@ -15,7 +15,7 @@ from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.parts import Parts, numbers_of, read_table, reference, title_of
 from pipeline.reporting.style import Theme, canvas, only_horizontal
 
-STAGES = ("base", "experts", "fit_head", "fit_router", "export")
+STAGES = ("base", "experts", "fit_head", "baselines", "fit_router")
 POSITION = ("step", "epoch")
 MOST_PANELS = 18
 COLUMNS = 3

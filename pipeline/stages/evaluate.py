@@ -29,7 +29,7 @@ from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.corrupt import CLEAN
 from pipeline.stages.fit_head import class_heads, label_space, unified_heads
-from pipeline.stages.merged_files import Merged, open_merged
+from pipeline.stages.merged_files import MERGED, Merged, open_merged
 from pipeline.stages.models import open_backbone
 from pipeline.stages.predictors import features_of
 from pipeline.store import Artefact
@@ -48,7 +48,7 @@ class Evaluate(Stage):
 
     name: ClassVar[str] = "evaluate"
     version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("base", "experts", "export", "corrupt", "fit_head")
+    needs: ClassVar[tuple[str, ...]] = ("base", "experts", *MERGED, "corrupt", "fit_head")
     what: ClassVar[str] = "evaluate every model, clean and corrupted"
     spec: EvaluateSpec
 
@@ -62,7 +62,9 @@ class Evaluate(Stage):
         }
         units = [Unit(name, inputs=given, settings={"label_union": union}) for name, given in references.items()]
         return units + [
-            Unit(model.unit, inputs=(*shared, model), settings={"label_union": union}) for model in inputs["export"]
+            Unit(model.unit, inputs=(*shared, model), settings={"label_union": union})
+            for stage in MERGED
+            for model in inputs[stage]
         ]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:

@@ -1,190 +1,55 @@
-"""export: every merged model as one artefact that `bd_core` alone can run, BD-Merging beside its competitors."""
+"""export: BD-Merging's merged models, each as one artefact that `bd_core` alone can run."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from pydantic import Field, field_validator
-
-from bd_core.methods import METHODS, merge, twin_merging
-from bd_core.methods.adamerging import check_settings as check_adamerging
-from bd_core.methods.registry import check_parameters, find_method
 from pipeline.config import Spec
-from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.fit_head import class_heads
-from pipeline.stages.fit_router import task_rows
 from pipeline.stages.fitted_router import load_router
-from pipeline.stages.images import PoolImages
-from pipeline.stages.learned import fit_adamerging, fit_twin_router
-from pipeline.stages.merged_files import write_routed, write_static
-from pipeline.stages.model_card import PRETRAINED, write_model_card
-from pipeline.stages.models import Experts, open_backbone
-from pipeline.stages.pool import Pool
-from pipeline.stages.shard import of_split
-from pipeline.store import Store
-from pipeline.training.context import LocalContext
-from pipeline.training.history import write_history
+from pipeline.stages.merged_files import recipe_of, write_routed
+from pipeline.stages.model_card import write_model_card
+from pipeline.stages.models import Experts
 
 BD_TITLES = {"task": "BD-Merging (task-wise)", "layer": "BD-Merging (layer-wise)"}
 BD_PREFIX = "bd_"
-LEARNED = {"adamerging", "twin_merging"}
-DEFAULT_METHODS: dict[str, dict[str, Any]] = {
-    "weight_average": {},
-    "task_arithmetic": {},
-    "ties": {},
-    "adamerging": {},
-    "twin_merging": {},
-}
 
 
 class ExportSpec(Spec):
-    """The competitors, by name with their parameters; BD-Merging's variants follow from `fit_router.variants`."""
-
-    methods: dict[str, dict[str, Any]] = Field(default=DEFAULT_METHODS, description="{name: {parameter: value}}")
-    batch_per_task: int = Field(default=16, ge=1, description="of AdaMerging; the released code's")
-
-    @field_validator("methods")
-    @classmethod
-    def _known(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        for name, parameters in methods.items():
-            method = find_method(METHODS, name)
-            given = {"logits": None, "batches": None} if name == "adamerging" else {}
-            check_parameters(method, {**given, **parameters})
-            # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
-            for parameter, default in method.defaults.items():
-                if isinstance(default, float) and type(parameters.get(parameter)) is int:
-                    parameters[parameter] = float(parameters[parameter])
-            _try(name, parameters)
-        return methods
+    """Nothing can be set: the variants follow from `fit_router.variants`."""
 
 
 class Export(Stage):
-    """Makes one artefact a merged model."""
+    """Makes one artefact a fitted router."""
 
     name: ClassVar[str] = "export"
     version: ClassVar[int] = 2
-    needs: ClassVar[tuple[str, ...]] = ("shard", "base", "experts", "embed", "fit_head", "fit_router")
-    what: ClassVar[str] = "merge with every method and write the artefacts"
+    needs: ClassVar[tuple[str, ...]] = ("base", "experts", "fit_head", "fit_router")
+    what: ClassVar[str] = "write the merged models"
     spec: ExportSpec
 
-    def hashed_spec(self) -> dict[str, Any]:
-        """Nothing: every unit's settings name its method and parameters."""
-        return {}
-
     def units(self, inputs: Inputs) -> list[Unit]:
-        """One unit a method, the learned ones first since they take longest, then one a router."""
-        models = (*inputs["base"], *inputs["experts"])
-        train = of_split(inputs["shard"], "train")
-        units = []
-        for name, parameters in sorted(self.spec.methods.items(), key=lambda item: item[0] not in LEARNED):
-            settings: dict[str, Any] = {"method": name, "parameters": parameters}
-            if name not in LEARNED:
-                units.append(Unit(name, inputs=models, settings=settings))
-                continue
-            settings |= {"seed": self.seed, "batch_per_task": self.spec.batch_per_task}
-            units.append(Unit(name, inputs=(*models, *inputs["embed"]), settings=settings, payload=train))
-        for router in inputs["fit_router"]:
-            settings = {"method": f"{BD_PREFIX}{router.unit}"}
-            units.append(
-                Unit(f"{BD_PREFIX}{router.unit}", inputs=(*models, *inputs["fit_head"], router), settings=settings)
+        """One unit a router."""
+        models = (*inputs["base"], *inputs["experts"], *inputs["fit_head"])
+        return [
+            Unit(
+                f"{BD_PREFIX}{router.unit}",
+                inputs=(*models, router),
+                settings={"method": f"{BD_PREFIX}{router.unit}"},
             )
-        return units
+            for router in inputs["fit_router"]
+        ]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
-        """Write the artefact: weights, `recipe.json` and a model card."""
+        """Write the artefact: base, task vectors, router, head, `recipe.json` and a model card."""
         experts = Experts.of(unit.inputs)
-        report = StageReport(rows_in=experts.count, rows_out=experts.count)
-        method = unit.settings["method"]
-        with report.span("forward_backward"):
-            if method.startswith(BD_PREFIX):
-                self._bd_merging(unit, experts, out_dir)
-            elif method == "adamerging":
-                self._adamerging(unit, experts, out_dir, report)
-            elif method == "twin_merging":
-                self._twin_merging(unit, experts, out_dir, report)
-            else:
-                merged = merge(method, experts.base_state, experts.states, **unit.settings["parameters"])
-                write_static(out_dir, merged, self._recipe(unit, METHODS[method].title))
-        write_model_card(out_dir, unit)
-        return report
-
-    def _recipe(self, unit: Unit, title: str) -> dict[str, Any]:
-        return {
-            "method": unit.settings["method"],
-            "parameters": unit.settings.get("parameters", {}),
-            "title": title,
-            "made_from": {f"{a.stage}/{a.unit}": a.digest for a in unit.inputs if a.stage in ("base", "experts")},
-        }
-
-    def _bd_merging(self, unit: Unit, experts: Experts, out_dir: Path) -> None:
         (fitted,) = unit.of("fit_router")
         router, config = load_router(fitted)
-        recipe = self._recipe(unit, BD_TITLES[fitted.unit]) | {"router": config, "group_of": experts.groups.index}
+        recipe = recipe_of(unit, BD_TITLES[fitted.unit]) | {"router": config, "group_of": experts.groups.index}
         if config["n_groups"] == 1:
             recipe["group_of"] = dict.fromkeys(experts.groups.index, 0)
         write_routed(out_dir, experts.base_state, experts.vectors(), router, recipe)
         head = unit.one("fit_head")
         for name, kept in (("model.safetensors", "head.safetensors"), ("config.json", "head.json")):
             (out_dir / kept).write_bytes(head.file(name).read_bytes())
-
-    def _adamerging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
-        pool = Pool.of(unit.inputs)
-        backbone = open_backbone(unit.one("base"))
-        with PoolImages(unit.payload, pool, backbone) as images:
-            found = fit_adamerging(
-                backbone,
-                experts,
-                class_heads(unit.one("base")),
-                images,
-                dict(zip(experts.tasks, task_rows(pool.tasks(), experts.tasks), strict=True)),
-                seed=self.seed or 0,
-                batch_per_task=self.spec.batch_per_task,
-                parameters=unit.settings["parameters"],
-            )
-        report.metrics = {"steps": float(len(found.history)), "converged": float(found.converged)}
-        write_static(out_dir, found.merged, self._recipe(unit, METHODS["adamerging"].title))
-        write_history(out_dir / "history.parquet", [{"step": i, "loss": v} for i, v in enumerate(found.history)])
-
-    def _twin_merging(self, unit: Unit, experts: Experts, out_dir: Path, report: StageReport) -> None:
-        pool = Pool.of(unit.inputs)
-        parts = twin_merging(experts.base_state, experts.states, **unit.settings["parameters"])
-        router, history = fit_twin_router(
-            pool.tokens(),
-            [experts.tasks.index(task) for task in pool.tasks()],
-            experts.count,
-            seed=self.seed or 0,
-            context=LocalContext(Store.state_beside(out_dir)),
-        )
-        config = {
-            "width": router.width,
-            "experts": list(experts.tasks),
-            "n_groups": 1,
-            "groups": ["all layers"],
-            "hidden": None,
-            "kind": "mlp",
-            "null_expert": False,
-        }
-        recipe = self._recipe(unit, METHODS["twin_merging"].title) | {
-            "router": config,
-            "group_of": dict.fromkeys(experts.groups.index, 0),
-        }
-        report.metrics = {"router_task_accuracy": history[-1]["task_accuracy"]}
-        # Its vectors are added to a shared model, and its router reads the tokens of theta_0.
-        write_safetensors(out_dir / PRETRAINED, experts.base_state)
-        write_routed(out_dir, parts.shared, parts.exclusive.expanded(), router, recipe)
-        write_history(out_dir / "history.parquet", history)
-
-
-def _try(name: str, parameters: Mapping[str, Any]) -> None:
-    """Merge two models of four numbers, so that a value out of range is told before the first image is read."""
-    base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
-    try:
-        if name == "adamerging":
-            # Not even one step of it: torch takes seconds to load what an optimiser needs, and `plan` waits for this.
-            check_adamerging(**parameters)
-        else:
-            METHODS[name].function(base, experts, **parameters)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} with {dict(parameters)}: {error}; correct it") from None
+        write_model_card(out_dir, unit)
+        return StageReport(rows_in=experts.count, rows_out=experts.count)

@@ -1,4 +1,4 @@
-"""Merged models as files: what `export` writes, what `evaluate` opens, what runs without the pipeline.
+"""Merged models as files: what `baselines` and `export` write, what `evaluate` opens, what runs without the pipeline.
 
 Shape letters: K experts, G layer groups.
 """
@@ -22,7 +22,9 @@ from pipeline.stage import Unit
 from pipeline.stages.fitted_router import router_from
 from pipeline.stages.models import VISUAL
 from pipeline.stages.predictors import Individual, Predictor, Routed, Static
+from pipeline.store import Artefact
 
+MERGED = ("baselines", "export")  # the stages whose units are merged models
 REFERENCES = {"pretrained": "Pretrained", "experts": "Individual experts"}
 
 
@@ -58,6 +60,16 @@ def write_routed(
     write_recipe(directory, {"kind": "routed", **recipe})
 
 
+def recipe_of(unit: Unit, title: str) -> dict[str, Any]:
+    """What every `recipe.json` begins with: the method, its parameters, and what it was made from."""
+    return {
+        "method": unit.settings["method"],
+        "parameters": unit.settings.get("parameters", {}),
+        "title": title,
+        "made_from": {f"{a.stage}/{a.unit}": a.digest for a in unit.inputs if a.stage in ("base", "experts")},
+    }
+
+
 def write_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
     """Write `recipe.json`."""
     (directory / "recipe.json").write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -71,7 +83,7 @@ def open_merged(unit: Unit, backbone: Backbone, device: torch.device) -> Merged:
     if unit.id == "experts":
         towers = {a.unit: _tower(backbone, load_file(a.file(VISUAL)), device) for a in unit.of("experts")}
         return _reference(unit.id, Individual(backbone, towers), n_base, n_base * len(towers))
-    directory = unit.one("export").path
+    directory = merged_model(unit).path
     recipe = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
     if recipe["kind"] == "static":
         tower = _tower(backbone, load_file(directory / VISUAL), device)
@@ -87,6 +99,12 @@ def open_merged(unit: Unit, backbone: Backbone, device: torch.device) -> Merged:
     n_vectors = sum(stacked.numel() for stacked in vectors.vectors.values())
     # The pretrained tower runs too, for the router's tokens; where it is not the base, it is extra.
     return _merged(recipe, Routed(backbone, merged, router), n_base, n_base + n_vectors + n_router)
+
+
+def merged_model(unit: Unit) -> Artefact:
+    """The merged model among a unit's inputs."""
+    (found,) = (artefact for artefact in unit.inputs if artefact.stage in MERGED)
+    return found
 
 
 def _tower(backbone: Backbone, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:

@@ -35,6 +35,7 @@ class Report(Stage):
         "score",
         "threshold",
         "pairs",
+        "baselines",
         "fit_router",
         "export",
         "corrupt",

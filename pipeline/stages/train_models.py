@@ -112,18 +112,17 @@ class TrainBase(_Trained):
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Train, then write model, heads, classes and history."""
-        backbone = load_backbone(self.spec.model, seed=self.seed or 0)
+        report = StageReport(0, 0)
+        with report.span("load"):
+            backbone = load_backbone(self.spec.model, seed=self.seed or 0)
         classes = classes_of(unit.inputs)
         captions = sorted({name for names in classes.values() for name in names})
-        images = LabelledImages(
-            unit.inputs,
-            backbone,
-            class_index={
-                task: {label: captions.index(name) for label, name in enumerate(names)}
-                for task, names in classes.items()
-            },
-        )
-        report = StageReport(rows_in=len(images), rows_out=len(images))
+        class_index = {
+            task: {label: captions.index(name) for label, name in enumerate(names)} for task, names in classes.items()
+        }
+        with report.span("decode"):
+            images = LabelledImages(unit.inputs, backbone, class_index)
+        report.rows_in = report.rows_out = len(images)
         templates = sorted({template for task in self._tasks for template in task.templates})
         model: Any = backbone.model
         model.train()
@@ -183,13 +182,15 @@ class TrainExperts(_Trained):
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Fine-tune, then write the image tower and the history."""
-        backbone: Backbone = open_backbone(unit.one("base"))
+        report = StageReport(0, 0)
+        with report.span("load"):
+            backbone: Backbone = open_backbone(unit.one("base"))
         head_CD = class_heads(unit.one("base"))[unit.id]
         names = classes_of(unit.of("shard"))[unit.id]
-        images = LabelledImages(
-            unit.of("shard"), backbone, class_index={unit.id: {label: label for label in range(len(names))}}
-        )
-        report = StageReport(rows_in=len(images), rows_out=len(images))
+        class_index = {unit.id: {label: label for label in range(len(names))}}
+        with report.span("decode"):
+            images = LabelledImages(unit.of("shard"), backbone, class_index)
+        report.rows_in = report.rows_out = len(images)
         visual = backbone.visual.train()
 
         def step_loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -14,7 +14,7 @@ from pipeline.compare import flatten, run_rows
 from pipeline.record import RunRecord
 from pipeline.store import Artefact, Manifest
 
-FITTED = ("base", "experts", "fit_head", "fit_router", "export")
+FITTED = ("base", "experts", "fit_head", "baselines", "fit_router")
 CURVE_POINTS = 200
 POSITION = ("step", "epoch")
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS = 250, 6000  # MLflow refuses more

@@ -58,6 +58,16 @@ def track_run(
     return address
 
 
+def warm_up(uri: str) -> None:
+    """Import MLflow and open the tracker, so that tracking a run later finds both ready. Says nothing if it fails."""
+    try:
+        _probe(uri)
+        with _quiet():
+            _client(uri).search_experiments(max_results=1)
+    except _failures():
+        return  # `track_run` meets the same and reports it
+
+
 def shown(uri: str) -> str:
     """The address without the user and password it may hold."""
     parts = urlsplit(uri)
@@ -67,12 +77,7 @@ def shown(uri: str) -> str:
 def _write(
     record: RunRecord, artefacts: Mapping[str, Sequence[Artefact]], uri: str, experiment: str
 ) -> tuple[str, int]:
-    from mlflow import MlflowClient
-
-    # The level is MLflow's to set on import, so it is ours to lower only now.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=uri)
+    client = _client(uri)
     experiment_id = _experiment(client, uri, experiment)
     existing = _existing(client, experiment_id, record.run_id)
     parent_id, children = "", 0
@@ -120,6 +125,15 @@ def _write_one(
         client.log_artifact(run_id, str(path), folder or None)
     client.set_terminated(run_id, "FINISHED", end_time=ended)
     return run_id
+
+
+def _client(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    # The level is MLflow's to set on import, so it is ours to lower only now.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _experiment(client: "MlflowClient", uri: str, name: str) -> str:

@@ -211,7 +211,7 @@ def test_training_needs_labels(tiny: Tiny) -> None:
     ("override", "says"),
     [
         ("corrupt.corruptions=[fogg]", "corrupt.corruptions: there is no ['fogg']; did you mean fog?"),
-        ("export.methods.tise={}", "no merging method 'tise'; did you mean ties?"),
+        ("baselines.methods.tise={}", "no merging method 'tise'; did you mean ties?"),
         ("fit_ruter.steps=3", "did you mean fit_router?"),
         ("fit_router.steps=0", "fit_router.steps: Input should be greater than or equal to 1 (value 0)"),
         ("seed", "override 'seed' is not of the form key=value"),
@@ -281,7 +281,7 @@ def test_bad_images_are_rejects_with_a_reason_counted_and_never_lost(tiny: Tiny)
     for number in (1, 2, 3):
         (test / "zero" / f"z_twice_{number}.png").write_bytes((test / "one" / f"00{number}.png").read_bytes())
     # Six images a shard: the last of train and the last of test hold nothing but an image that another shard holds.
-    changes: dict[str, Any] = {"shard": {"images_per_shard": 6}, "export": {"methods": {}}}
+    changes: dict[str, Any] = {"shard": {"images_per_shard": 6}, "baselines": {"methods": {}}}
     changes["corrupt"] = {"corruptions": ["brightness"], "levels": {"L1": 1}}
     ended = bd_merge("run", tiny.write(**changes), "fit_router.variants=[task]")
     assert ended.exit_code == 0, ended.output

@@ -144,7 +144,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Own:
     given = tiny.config["models"] | {"experts": {task: str(path) for task, path in paths.items()}}
     methods = {"methods": {"task_arithmetic": {"scale": 0.3}, "twin_merging": {}}}
     levels = {"corruptions": ["brightness"], "levels": {"L1": 1}}
-    config = tiny.write("own.yaml", tasks=tasks, models=given, export=methods, corrupt=levels)
+    config = tiny.write("own.yaml", tasks=tasks, models=given, baselines=methods, corrupt=levels)
     ended = bd_merge("run", config)
     assert ended.exit_code == 0, ended.output
     return Own(tiny, config, base, experts)
@@ -253,7 +253,8 @@ def test_the_model_card_alone_runs_the_artefact(
     own: Own, model: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Elsewhere, so that nothing but the artefact's own files can be read.
-    shutil.copytree(own.artefact("export", model).path, tmp_path / "model")
+    stage = "export" if model.startswith("bd_") else "baselines"
+    shutil.copytree(own.artefact(stage, model).path, tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")
     card = Path("MODEL_CARD.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]

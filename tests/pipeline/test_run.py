@@ -8,6 +8,7 @@ import pytest
 from finished import Finished
 from own_stages import (
     RESUME,
+    Letters,
     NumbersSpec,
     SquareSpec,
     clock,
@@ -20,7 +21,7 @@ from own_stages import (
 from processes import bd_merge
 from tiny import Tiny
 
-from pipeline.config import Resources
+from pipeline.config import Resources, Spec
 from pipeline.errors import UnitsFailed
 from pipeline.run import resume_command, run
 from pipeline.store import Store
@@ -77,6 +78,28 @@ def test_a_failing_unit_does_not_stop_its_siblings_and_the_same_command_finishes
     record = run_own(tiny_project)
     assert made_since(store, began) == ALL - {"numbers/n-0", "numbers/n-3"}
     assert total_of(record, store) == 14
+
+
+def test_a_failing_stage_lets_those_under_way_finish_and_begins_no_other(tiny_project: Tiny, store: Store) -> None:
+    (tiny_project.root / "fail-n-0").touch()
+    workflow = own_workflow(tiny_project)
+    workflow.stages.append(Letters(Spec()))
+    with pytest.raises(UnitsFailed, match="numbers: 1 of 4 units failed"):
+        run(workflow, RESUME)
+    made = {f"{m.stage}/{m.unit}" for _, m in store.units()}
+    assert made == {"numbers/n-1", "numbers/n-2", "numbers/n-3", "letters/letters"}
+
+
+def test_every_failed_stage_is_named(tiny_project: Tiny) -> None:
+    for name in ("fail-n-0", "fail-letters"):
+        (tiny_project.root / name).touch()
+    workflow = own_workflow(tiny_project)
+    letters = Letters(Spec())
+    letters.trouble = tiny_project.root
+    workflow.stages.append(letters)
+    with pytest.raises(UnitsFailed, match="units of letters failed as well") as caught:
+        run(workflow, RESUME)
+    assert str(caught.value).startswith("numbers: 1 of 4 units failed; first (n-0)")
 
 
 def test_a_lost_row_fails_the_unit(tiny_project: Tiny, store: Store) -> None:

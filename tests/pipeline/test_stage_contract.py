@@ -61,7 +61,7 @@ def test_no_row_is_lost(finished_store: Finished) -> None:
     for _, manifest in finished_store.store.units():
         report = manifest.report
         assert report["rows_in"] == report["rows_out"] + report["rejected"], f"{manifest.stage}/{manifest.unit}"
-        assert set(report) == {"rows_in", "rows_out", "rejected", "metrics", "seconds", "notes"}
+        assert set(report) == {"rows_in", "rows_out", "rejected", "metrics", "seconds", "spans", "notes"}
 
 
 def test_what_travels_to_a_worker_can_and_is_paths_and_names(plans: list[StagePlan]) -> None:
@@ -87,7 +87,7 @@ def test_what_changes_speed_changes_no_key(finished_store: Finished) -> None:
 def test_the_seed_counts_where_something_is_drawn_and_nowhere_else(finished_store: Finished) -> None:
     other = Workflow.load(finished_store.config, ["seed=1"])
     seeded = {stage.name for stage in other.stages if stage.seed == 1}
-    assert seeded == {"fit_head", "index", "fit_router", "export"}  # base and experts too, where they are trained
+    assert seeded == {"fit_head", "index", "fit_router", "baselines"}  # base and experts too, where they are trained
     reused = [p.stage.name for p in walk(other.stages, finished_store.store) if isinstance(p, StagePlan) and p.found]
     assert reused == ["shard", "base", "experts", "embed", "corrupt"]
 

@@ -60,6 +60,29 @@ class Recount(Count):
     name: ClassVar[str] = "recount"
 
 
+class Meet(Count):
+    """Waits until a unit of `MeetToo` runs as well."""
+
+    name: ClassVar[str] = "meet"
+    other: ClassVar[str] = "meet_too"
+
+    def process(self, unit: Unit, out_dir: Path) -> StageReport:
+        note(self.events, f"process {self.name}")
+        deadline = time.monotonic() + 60
+        while not any(event == f"process {self.other}" for _, event in seen(self.events)):
+            assert time.monotonic() < deadline, f"{self.name} runs alone"
+            time.sleep(0.05)
+        (out_dir / "number.txt").write_text(str(unit.settings["number"]))
+        return StageReport(rows_in=1, rows_out=1)
+
+
+class MeetToo(Meet):
+    """Waits until a unit of `Meet` runs as well."""
+
+    name: ClassVar[str] = "meet_too"
+    other: ClassVar[str] = "meet"
+
+
 class LineSpec(Spec):
     workers: int = 1
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from eventful import Count, CountSpec, Recount, planned, seen
+from eventful import Count, CountSpec, Meet, MeetToo, Recount, planned, seen
 from own_stages import RESUME, clock, made_since, own_workflow, total_of
 from tiny import Tiny
 
@@ -19,8 +19,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def outcomes(executor: Executor, stage: Stage) -> dict[str, Outcome]:
-    ended: list[Outcome] = []
-    executor.run(stage, planned(stage), ended.append)
+    given = planned(stage)
+    executor.start(stage, given)
+    ended = [executor.wait() for _ in given]
+    assert {name for name, _ in ended} == {stage.name}
+    return by_unit([outcome for _, outcome in ended])
+
+
+def by_unit(ended: list[Outcome]) -> dict[str, Outcome]:
     assert len(ended) == len({each.unit for each in ended})
     return {each.unit: each for each in ended}
 
@@ -35,12 +41,25 @@ def test_units_have_equal_bytes_and_workers_stay_from_stage_to_stage(
     stages = (Count(CountSpec(), events), Recount(CountSpec(), events))
     made = [digests(outcomes(on_ray, stage)) for stage in stages]
     pids = {pid for pid, event in seen(events) if event.startswith("process")}
-    assert len(pids) <= on_ray.parallelism == 2, "a worker was started for a unit or for a stage"
+    assert len(pids) <= 2, "a worker was started for a unit or for a stage"
     for stage in stages:
         setups = [pid for pid, event in seen(events) if event == f"setup {stage.name}"]
         assert len(setups) == len(set(setups)), "a worker set a stage up twice"
     assert made == [digests(outcomes(serial, stage)) for stage in stages]
     assert [len(each) for each in made] == [6, 6]
+
+
+def test_stages_that_do_not_need_each_other_run_at_the_same_time(
+    on_ray: RayExecutor, serial: SerialExecutor, events: Path
+) -> None:
+    stages = (Meet(CountSpec(count=1), events), MeetToo(CountSpec(count=1), events))  # each waits for the other
+    for stage in stages:
+        on_ray.start(stage, planned(stage))
+    ended = dict(on_ray.wait() for _ in stages)
+    assert set(ended) == {stage.name for stage in stages}
+    assert all(outcome.artefact for outcome in ended.values()), ended
+    for stage in stages:
+        assert digests(outcomes(serial, stage)) == digests(by_unit([ended[stage.name]]))
 
 
 def test_a_unit_whose_worker_is_killed_is_done_again_with_equal_bytes(

@@ -14,10 +14,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def fitted(executor: Executor, stage: FitLine) -> Outcome:
-    ended: list[Outcome] = []
-    executor.run(stage, planned(stage), ended.append)
-    assert len(ended) == 1
-    return ended[0]
+    (unit,) = planned(stage)
+    executor.start(stage, [unit])
+    name, outcome = executor.wait()
+    assert (name, outcome.unit) == (stage.name, unit.unit.id)
+    return outcome
 
 
 def digest(outcome: Outcome) -> str:

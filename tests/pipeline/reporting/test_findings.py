@@ -16,7 +16,6 @@ from pipeline.reporting.pairs import classes_of_rows, read_same_class
 from pipeline.reporting.parts import Parts
 from pipeline.reporting.predictions import Outcomes, paired_difference, read_predictions, risk_coverage
 from pipeline.reporting.results import ModelResult, Results, read_results
-from pipeline.reporting.timing import COMPUTE_SPANS, overhead_items, read_timing
 
 
 def test_headline_names_the_winner_and_its_margin(run: Synthetic) -> None:
@@ -125,30 +124,6 @@ def test_risk_coverage_is_that_of_a_loop() -> None:
     assert curve[0].tolist() == [0.25, 0.5, 0.75, 1.0]
     assert curve[1].tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
     assert risk_coverage(outcomes, "L9") is None
-
-
-seconds = st.floats(min_value=0, max_value=1e4)
-rows = st.builds(
-    lambda wall, busy, commit, lanes, spans: {
-        "stage": "s", "units": 3, "wall_s": wall, "busy_s": busy, "commit_s": commit, "lanes": lanes, "spans": spans
-    },
-    seconds, seconds, seconds, st.integers(0, 8),
-    st.dictionaries(st.sampled_from([*COMPUTE_SPANS, "decode", "write"]), seconds, max_size=4),
-)  # fmt: skip
-
-
-@given(st.lists(rows, max_size=4))
-def test_itemised_overhead_sums_to_the_time_outside_the_passes(timing: list[dict[str, object]]) -> None:
-    times = read_timing(timing)
-    items = overhead_items(times, {})
-    assert all(value >= 0 for _, value in items)
-    # Items below half a millisecond are left out of the table.
-    assert sum(value for _, value in items) == pytest.approx(sum(t.other_s for t in times), rel=1e-6, abs=0.01)
-
-
-def test_passes_of_parallel_units_count_once_on_the_clock() -> None:
-    (time,) = read_timing([{"stage": "s", "wall_s": 10, "busy_s": 20, "lanes": 2, "spans": {"forward_backward": 18}}])
-    assert time.compute_s == pytest.approx(9) and time.other_s == pytest.approx(1)
 
 
 def _results(**corrupted: float) -> Results:

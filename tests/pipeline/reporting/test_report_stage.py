@@ -12,7 +12,7 @@ from pipeline.store import Store
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
-    left_out = ["base", "experts", "export", "detect", "fit_router", *(n for n in TITLES if n != "ties")]
+    left_out = ["base", "experts", "baselines", "detect", "fit_router", *(n for n in TITLES if n != "ties")]
     return Synthetic(Store(tmp_path_factory.mktemp("small")), leave_out=left_out)
 
 
@@ -20,7 +20,7 @@ def test_stage_writes_page_numbers_and_figures(small: Synthetic, tmp_path: Path)
     timing: list[dict[str, object]] = []
     stage = Report(ReportSpec(), timing=timing, about={"run_id": "demo-1", "name": "demo", "config": {"seed": 3}})
     (unit,) = stage.units(small.artefacts)
-    timing.append({"stage": "embed", "units": 1, "wall_s": 2.0, "busy_s": 1.5, "spans": {"forward": 1.0}})
+    timing.append({"stage": "embed", "units": 1, "began_s": 1.0, "wall_s": 2.0, "at": {"forward": [[1, 2]]}})
     report = stage.process(unit, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert content["run_id"] == "demo-1"
