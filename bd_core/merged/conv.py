@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from bd_core.merged.parts import WeightAndBias
 from bd_core.merged.tensors import LowRankTensor, MergedTensor
 from bd_core.merged.tiles import form_tile, tiles
 
@@ -20,17 +21,17 @@ __all__ = ["MergedConv2d"]
 Pair = tuple[int, int]
 
 
-class MergedConv2d(nn.Module):
+class MergedConv2d(WeightAndBias):
     """`nn.Conv2d` with each sample's own kernel and bias; input [B, C, H, W].
 
     Kernels that tile the picture without overlap (a ViT's patches, 1x1) are a linear map of patches; the others one
     convolution with the samples as channel groups, kernels formed tile by tile.
     """
 
+    merged_weight: MergedTensor
+
     def __init__(self, layer: nn.Conv2d, weight: MergedTensor, bias: MergedTensor | None) -> None:
-        super().__init__()
-        self.merged_weight = weight
-        self.merged_bias = bias
+        super().__init__(weight, bias)
         self.stride, self.dilation, self.groups = _pair(layer.stride), _pair(layer.dilation), layer.groups
         self.kernel_size = _pair(layer.kernel_size)
         # As nn.Conv2d: anything but plain zero padding is padded beforehand.
@@ -42,20 +43,10 @@ class MergedConv2d(nn.Module):
         self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.is_patchwise = self.stride == self.kernel_size and self.groups == 1 and self.dilation == (1, 1)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's kernel: models ask it for its dtype and device."""
-        return self.merged_weight.base
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return None if self.merged_bias is None else self.merged_bias.base
-
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [B, O, H', W']."""
         weight = self.merged_weight
-        weight.routing.check_batch(x, weight.name)
+        self.check(x)
         if self.beforehand is not None:
             x = F.pad(x, self.beforehand, mode=self.padding_mode)
         bias_BO = None if self.merged_bias is None else self.merged_bias()

@@ -9,36 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bd_core.merged.parts import WeightAndBias
 from bd_core.merged.tensors import MergedTensor
 
 __all__ = ["MergedBatchNorm", "MergedEmbedding", "MergedGroupNorm", "MergedLayerNorm", "MergedLinear"]
 
 
-class MergedLinear(nn.Module):
+class MergedLinear(WeightAndBias):
     """`nn.Linear` with each sample's own weight and bias; input [B, ..., I]."""
 
+    merged_weight: MergedTensor
+
     def __init__(self, layer: nn.Linear, weight: MergedTensor, bias: MergedTensor | None) -> None:
-        super().__init__()
+        super().__init__(weight, bias)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.merged_weight = weight
-        self.merged_bias = bias
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight: models ask it for its dtype and device."""
-        return self.merged_weight.base
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return None if self.merged_bias is None else self.merged_bias.base
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [B, ..., O]."""
-        weight = self.merged_weight
-        weight.routing.check_batch(x, weight.name)
+        self.check(x)
         bias_BO = None if self.merged_bias is None else self.merged_bias()
-        y_BTO = weight.linear(_tokens(x), bias_BO)
+        y_BTO = self.merged_weight.linear(_tokens(x), bias_BO)
         return y_BTO.reshape(*x.shape[:-1], y_BTO.shape[-1])
 
 
@@ -64,32 +54,7 @@ class MergedEmbedding(nn.Module):
         return self.merged_weight.lookup(ids)
 
 
-class _MergedAffine(nn.Module):
-    """Scale and shift of a normalisation, each sample's own."""
-
-    def __init__(self, weight: MergedTensor | None, bias: MergedTensor | None) -> None:
-        super().__init__()
-        self.merged_weight = weight
-        self.merged_bias = bias
-
-    @property
-    def weight(self) -> Tensor | None:
-        """The base's scale."""
-        return None if self.merged_weight is None else self.merged_weight.base
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's shift."""
-        return None if self.merged_bias is None else self.merged_bias.base
-
-    def check(self, x: Tensor) -> None:
-        """Nothing; raises `NoBatchedForm` unless samples come first."""
-        for part in (self.merged_weight, self.merged_bias):
-            if part is not None:
-                part.routing.check_batch(x, part.name)
-
-
-class MergedLayerNorm(_MergedAffine):
+class MergedLayerNorm(WeightAndBias):
     """`nn.LayerNorm` with each sample's own affine part.
 
     `fp32` computes in float32 and casts back, as open_clip's LayerNormFp32 does.
@@ -110,7 +75,7 @@ class MergedLayerNorm(_MergedAffine):
         return _affine(y, scale, shift, between, self.normalized_shape).to(dtype)
 
 
-class MergedBatchNorm(_MergedAffine):
+class MergedBatchNorm(WeightAndBias):
     """`nn.BatchNorm*d` in evaluation, with each sample's own affine part and running statistics."""
 
     def __init__(
@@ -137,7 +102,7 @@ class MergedBatchNorm(_MergedAffine):
         return torch.addcmul(shift_BC.view(*shift_BC.shape, *after), x, scale_BC.view(*scale_BC.shape, *after))
 
 
-class MergedGroupNorm(_MergedAffine):
+class MergedGroupNorm(WeightAndBias):
     """`nn.GroupNorm` with each sample's own affine part."""
 
     def __init__(self, layer: nn.GroupNorm, weight: MergedTensor | None, bias: MergedTensor | None) -> None:
