@@ -122,8 +122,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 STAGES: tuple[type[Stage], ...] = (
     Shard,
     TrainBase,
+    Embed,  # before the experts, so that the head can be fitted beside them
     TrainExperts,
-    Embed,
     FitHead,
     Index,
     Neighbours,
@@ -272,8 +272,8 @@ class Workflow:
         return [
             Shard(config.shard, config.tasks, self._resources("shard")),
             base,
-            experts,
             Embed(config.embed, self._resources("embed")),
+            experts,
             FitHead(config.fit_head, self._resources("fit_head"), seed),
             Index(config.index, self._resources("index"), seed),
             Neighbours(config.neighbours, self._resources("neighbours")),

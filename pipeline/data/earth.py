@@ -132,9 +132,11 @@ def _patch_variances(layer: NDArray[np.uint8], step: int) -> NDArray[np.float64]
 
 
 def _patch_sums(layer: NDArray[Any], step: int) -> NDArray[np.uint32]:
-    """Sums of `layer` [2700,5400] over the patches whose corners are (step * row, step * column)."""
-    rows = np.add.reduceat(layer, range(0, HEIGHT, step), axis=0, dtype=np.uint32)
-    cells = np.asarray(np.add.reduceat(rows, range(0, WIDTH, step), axis=1, dtype=np.uint32))
+    """Sums of `layer` [2700,5400] over the whole patches whose corners are (step * row, step * column)."""
+    n_rows, n_columns = HEIGHT // step, WIDTH // step
+    whole = layer[: n_rows * step, : n_columns * step]
+    rows = whole.reshape(n_rows, step, -1).sum(axis=1, dtype=np.uint32)
+    cells = np.asarray(rows.reshape(n_rows, n_columns, step).sum(axis=2, dtype=np.uint32))
     if step == SIDE:
         return cells
     assert 2 * step == SIDE

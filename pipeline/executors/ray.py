@@ -6,6 +6,7 @@ can take it. A fit is a task as well: it holds no CPU and starts the Ray Train j
 and settings travel. A dead worker or a lost object is retried by Ray up to three times; an exception of ours never is.
 """
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,4 +91,7 @@ def _fit_unit(shared: tuple[FitStage, Path, str, RaySpec], planned: Planned) -> 
     stage, root, run_id, spec = shared
     logs.configure()
     _RUNNERS.clear()  # whatever the last stage loaded is not needed any more
-    return fit_on_ray(stage, planned, Store(root), run_id, max_failures=spec.train_max_failures)
+    gc.collect()
+    outcome = fit_on_ray(stage, planned, Store(root), run_id, max_failures=spec.train_max_failures)
+    gc.collect()  # the trainer sits in a cycle, and as long as it does, the job's controller keeps 250 MB
+    return outcome
