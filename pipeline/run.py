@@ -122,11 +122,12 @@ class _Run:
             began = time()
             self._executor = self._workflow.executor(self._store, self._record.run_id)
             self._note("executor start", began)
-            self._workflow.warm_up_tracking()
         running = _Running(plan, began=time(), to_do=len(plan.missing))
         self._running[stage.name] = running
         self._progress.begin(stage.name, stage.what, len(plan.planned), len(plan.found))
         self._executor.start(stage, plan.missing)
+        if not self._waiting:
+            self._workflow.warm_up_tracking()  # beside the last stage, which leaves the most memory and time
 
     def _take_one_outcome(self) -> None:
         assert self._executor is not None

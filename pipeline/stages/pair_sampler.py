@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,6 +29,14 @@ class DrawnPairs:
     valid_AM: Tensor
 
 
+def _columns(part: Artefact) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Anchors, others, and which pairs are negatives, of one part."""
+    table = read_table(part.file("pairs.parquet"), PAIRS, ["anchor", "other", "kind"])
+    # Compared as Arrow's strings: as Python's they would take more room than all the rest.
+    negative = pc.equal(table["kind"], "negative").to_numpy()
+    return table["anchor"].to_numpy(), table["other"].to_numpy(), negative
+
+
 @dataclass(frozen=True)
 class PairSampler:
     """Anchors that have positives and negatives, and where in `other` each one's lie (positives first)."""
@@ -40,10 +50,10 @@ class PairSampler:
     @classmethod
     def read(cls, parts: Sequence[Artefact]) -> Self:
         """The sampler over the pairs of all `parts`; anchors without both kinds are left out."""
-        tables = [read_table(part.file("pairs.parquet"), PAIRS) for part in parts]
-        anchor = np.concatenate([table["anchor"].to_numpy() for table in tables])
-        other = np.concatenate([table["other"].to_numpy() for table in tables])
-        negative = np.concatenate([table["kind"].to_numpy(zero_copy_only=False) == "negative" for table in tables])
+        columns = [_columns(part) for part in parts]
+        anchor, other, negative = (np.concatenate(each) for each in zip(*columns, strict=True))
+        del columns
+        pa.default_memory_pool().release_unused()
         order = np.lexsort((other, negative, anchor))
         anchor, other, negative = anchor[order], other[order], negative[order]
         anchors, begin, counts = np.unique(anchor, return_index=True, return_counts=True)
