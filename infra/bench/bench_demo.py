@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.bench.process_tree import Measured, measure
+from pipeline.reporting.style import METHOD_LINES
 from pipeline.timing import read_timing, spent
 
 CONFIG = "configs/demo.yaml"
@@ -29,7 +30,7 @@ LIMITS = {"cold": 600.0, "models cached": 180.0, "second run": 5.0, "--help": 1.
 MEMORY_LIMIT_GIB = 4.0
 OVERHEAD_LIMIT = 0.25
 SHIFTED = ("L1", "L2", "L3")
-OURS, RIVALS = "bd_layer", ("task_arithmetic", "ties", "adamerging")
+OURS, RIVALS = "bd_layer", ("task_arithmetic", "ties", "adamerging", "twin_merging")
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "demo": (),
     "without-information": ("fit_router.information_weight=0",),
@@ -127,35 +128,40 @@ def _overhead(store: Path) -> list[str]:
 
 def _table(root: Path, seeds: Sequence[int]) -> list[str]:
     """Mean accuracy over tasks, per level and over L1-L3, mean and standard deviation over the seeds."""
-    by_seed = [_accuracies(root / f"seed{seed}") for seed in seeds]
-    lines = [
-        f"## Accuracy, task known, mean over the tasks, mean ± sd over seeds {', '.join(map(str, seeds))}",
-        "",
-        "| method | clean | L1 | L2 | L3 | mean L1-L3 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model, first in by_seed[0].items():
-        cells = [[100 * found[model]["levels"][level] for found in by_seed] for level in ("clean", *SHIFTED)]
-        cells.append([_shifted(found[model]) for found in by_seed])
-        lines.append(f"| {first['title']} | " + " | ".join(_spread(cell) for cell in cells) + " |")
-    lines += ["", f"{by_seed[0][OURS]['title']} minus, in points of the mean over L1-L3, seed by seed:", ""]
-    for rival in RIVALS:
-        gaps = [_shifted(found[OURS]) - _shifted(found[rival]) for found in by_seed]
-        lines.append(f"- {by_seed[0][rival]['title']}: {', '.join(f'{gap:+.1f}' for gap in gaps)}")
+    lines: list[str] = []
+    for protocol, said in (("task_known", "task known"), ("task_free", "task not known")):
+        by_seed = [_accuracies(root / f"seed{seed}", protocol=protocol) for seed in seeds]
+        lines += [
+            f"## Accuracy, {said}, mean over the tasks, mean ± sd over seeds {', '.join(map(str, seeds))}",
+            "",
+            "| method | clean | L1 | L2 | L3 | mean L1-L3 |",
+            "|---|---|---|---|---|---|",
+        ]
+        for model, first in by_seed[0].items():
+            cells = [[100 * found[model]["levels"][level] for found in by_seed] for level in ("clean", *SHIFTED)]
+            cells.append([_shifted(found[model]) for found in by_seed])
+            lines.append(f"| {first['title']} | " + " | ".join(_spread(cell) for cell in cells) + " |")
+        lines += ["", f"{by_seed[0][OURS]['title']} minus, in points of the mean over L1-L3, seed by seed:", ""]
+        for rival in RIVALS:
+            gaps = [_shifted(found[OURS]) - _shifted(found[rival]) for found in by_seed]
+            lines.append(f"- {by_seed[0][rival]['title']}: {', '.join(f'{gap:+.1f}' for gap in gaps)}")
+        lines.append("")
     return lines
 
 
-def _accuracies(store: Path, name: str = "demo") -> dict[str, dict[str, Any]]:
+def _accuracies(store: Path, name: str = "demo", protocol: str = "task_known") -> dict[str, dict[str, Any]]:
+    """{model: title and mean accuracy by level}, in the order of the report; models without the protocol left out."""
     found = {}
-    pins = _record(store, name)["stages"]["evaluate"]
-    for model, key in pins.items():
+    for model, key in _record(store, name)["stages"]["evaluate"].items():
         metrics = json.loads((store / "evaluate" / f"{model}-{key[:12]}" / "metrics.json").read_text())
-        levels = metrics["protocols"]["task_known"]
-        found[model] = {
-            "title": metrics["title"],
-            "levels": {level: levels[level]["mean"]["accuracy"] for level in levels},
-        }
-    return found
+        levels = metrics["protocols"][protocol]
+        if levels is not None:
+            found[model] = {
+                "title": metrics["title"],
+                "levels": {level: levels[level]["mean"]["accuracy"] for level in levels},
+            }
+    ordered = [model for model in METHOD_LINES if model in found]
+    return {model: found[model] for model in ordered + [model for model in found if model not in ordered]}
 
 
 def _record(store: Path, name: str = "demo") -> dict[str, Any]:
@@ -165,7 +171,7 @@ def _record(store: Path, name: str = "demo") -> dict[str, Any]:
 
 
 def _shifted(found: dict[str, Any]) -> float:
-    return 100 * statistics.mean(found["levels"][level] for level in SHIFTED)
+    return float(100 * statistics.mean(found["levels"][level] for level in SHIFTED))
 
 
 def _spread(values: Sequence[float]) -> str:
