@@ -12,10 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from bd_core.merged.cost import CPU, CUDA, stacked_is_cheaper
 from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward
 from bd_core.merged.tiles import form_tile, tiles
 
-__all__ = ["merged_linear"]
+__all__ = ["BUDGET_BYTES", "merged_linear"]
+
+BUDGET_BYTES = 64 << 20  # working memory of one layer beyond inputs, parameters and output
 
 
 def merged_linear(
@@ -24,14 +27,18 @@ def merged_linear(
     base_OI: Float[Tensor, "O I"],
     vectors_KOI: Float[Tensor, "K O I"],
     bias_BO: Float[Tensor, "B O"] | None = None,
+    budget_bytes: int = BUDGET_BYTES,
 ) -> Float[Tensor, "B T O"]:
     """Each sample's tokens through its own matrix: y_b = x_b (W_0 + sum_k w_bk tau_k)^T + bias_b.
 
-    Differentiable in x, the weights and the bias, never in base or vectors. Peak memory beyond the output is one tile
-    a thread; nothing of size batch x parameters is kept for backward, which forms the tiles anew.
+    Differentiable in x, the weights and the bias, never in base or vectors. Of two forms the cheaper one (`cost.py`):
+    tiles of merged weights, one a thread at a time, or K + 1 products of the activations, as many samples at a time as
+    `budget_bytes` holds. Nothing of size batch x parameters is kept for backward, which forms the tiles anew.
     """
-    if x_BTI.shape[1] == 1:
-        return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+    if stacked_is_cheaper(x_BTI.shape[1], len(vectors_KOI), CUDA if x_BTI.is_cuda else CPU):
+        a_sample = x_BTI.shape[1] * vectors_KOI.shape[0] * vectors_KOI.shape[1] * x_BTI.element_size()
+        if a_sample <= budget_bytes:
+            return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, max(1, budget_bytes // max(1, a_sample)))
     if torch.compiler.is_compiling():
         y_BTO: Tensor = _operator(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
         return y_BTO
@@ -39,13 +46,24 @@ def merged_linear(
     return result
 
 
-def _stacked(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
-    """The same with one token a sample: K + 1 products cost less than forming a matrix used once."""
-    n_experts, n_outputs, n_inputs = vectors_KOI.shape
-    x_BI = x_BTI[:, 0]
-    each_BKO = (x_BI @ vectors_KOI.reshape(n_experts * n_outputs, n_inputs).T).view(-1, n_experts, n_outputs)
-    y_BO = torch.baddbmm((x_BI @ base_OI.T)[:, None], weights_BK[:, None], each_BKO)[:, 0]
-    return (y_BO if bias_BO is None else y_BO + bias_BO)[:, None]
+def _stacked(
+    x_BTI: Tensor,
+    weights_BK: Tensor,
+    base_OI: Tensor,
+    vectors_KOI: Tensor,
+    bias_BO: Tensor | None,
+    samples_at_a_time: int,
+) -> Tensor:
+    """x_b W_0^T + sum_k w_bk (x_b tau_k^T) + bias_b: no merged matrix is ever formed."""
+    y_BTO = x_BTI @ base_OI.T
+    parts = []
+    batches = (torch.split(each, samples_at_a_time) for each in (x_BTI, y_BTO, weights_BK))
+    for x_STI, y_STO, weights_SK in zip(*batches, strict=True):
+        each_KNO = torch.matmul(x_STI.flatten(0, 1), vectors_KOI.mT)
+        each_SKN = each_KNO.view(len(vectors_KOI), len(x_STI), -1).transpose(0, 1)
+        parts.append(torch.baddbmm(y_STO.reshape(len(x_STI), 1, -1), weights_SK[:, None], each_SKN).view_as(y_STO))
+    y_BTO = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y_BTO if bias_BO is None else y_BTO + bias_BO[:, None]
 
 
 class _TiledLinear(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bd_core.compression import CompressedVectors
 from bd_core.merged.convert import Converter, skeleton
+from bd_core.merged.exact import BUDGET_BYTES
 from bd_core.merged.fallback import VmapModule, merged_parameters
 from bd_core.merged.fit import check_fit, count_groups
 from bd_core.merged.outputs import reordered
@@ -59,11 +60,13 @@ class MergedModel(nn.Module):
         *,
         mode: Literal["exact", "low_rank", "grouped"] | None = None,
         max_distance: float = 0.05,
+        budget_bytes: int = BUDGET_BYTES,
         verify: bool = True,
     ) -> None:
         """`groups` maps every merged name to its layer group (default: one group).
 
-        `max_distance` of mode "grouped" is the largest sum_k |w_bk - w_ck| over layer groups.
+        `max_distance` of mode "grouped" is the largest sum_k |w_bk - w_ck| over layer groups. `budget_bytes` bounds
+        what a linear layer needs beyond its input, its parameters and its output, whatever the batch.
         Raises ValueError naming the parameter if model, base and experts do not fit.
         """
         super().__init__()
@@ -76,12 +79,14 @@ class MergedModel(nn.Module):
             raise ValueError("mode 'low_rank' needs compressed task vectors: give svd_compress(vectors, rank=...)")
         if self.mode != "low_rank" and isinstance(vectors, CompressedVectors):
             vectors = vectors.expanded()
+        if budget_bytes < 1:
+            raise ValueError(f"budget_bytes is {budget_bytes}, needs at least 1; the default is {BUDGET_BYTES}")
         check_fit(model, base, vectors)
         names = vectors.shapes if isinstance(vectors, CompressedVectors) else vectors.vectors
         index = groups.index if isinstance(groups, LayerGroups) else dict(groups or dict.fromkeys(names, 0))
         self.n_groups = count_groups(index, names, groups)
         self.max_distance = max_distance
-        self.routing = Routing()
+        self.routing = Routing(budget_bytes)
         tensors = {name: _merged_tensor(name, base[name], vectors, index[name], self.routing) for name in names}
         self.n_experts = vectors.n_experts
         constants = {name: tensor.detach() for name, tensor in base.items() if name not in tensors}

@@ -19,10 +19,12 @@ class NoBatchedForm(Exception):
 class Routing:
     """Holder of the weights [B, G, K] of the forward pass under way; None between passes.
 
-    With `copies`, the samples stand in order of the merged copy they share, and `copies[c]` is the slice of copy c.
+    Every linear layer keeps its working memory within `budget_bytes`. With `copies`, the samples stand in order of the
+    merged copy they share, and `copies[c]` is the slice of copy c.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
         self.weights_BGK: Tensor | None = None
         self.copies: tuple[slice, ...] = ()
         self._each: dict[torch.dtype, tuple[Tensor, ...]] = {}

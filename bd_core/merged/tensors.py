@@ -56,13 +56,14 @@ class MergedTensor(nn.Module):
     ) -> Float[Tensor, "B T O"]:
         """x_b W_b^T + bias_b, with those rows of the parameter (kernels flattened to a matrix)."""
         base_OI, vectors_KOI = self.base.flatten(1)[rows], self.vectors.flatten(2)[:, rows]
-        if self.routing.copies:
-            return _linear_of_copies(x_BTI, self.weights, self.routing.copies, base_OI, vectors_KOI, bias_BO)
-        return merged_linear(x_BTI, self.weights, base_OI, vectors_KOI, bias_BO)
+        at_once = self.routing.budget_bytes // max(1, base_OI.numel() * base_OI.element_size())
+        if self.routing.copies and at_once:
+            return _linear_of_copies(x_BTI, self.weights, self.routing.copies, base_OI, vectors_KOI, bias_BO, at_once)
+        return merged_linear(x_BTI, self.weights, base_OI, vectors_KOI, bias_BO, self.routing.budget_bytes)
 
     def project(self, x_BTI: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
         """x_b W_b, for a parameter stored [I, O]."""
-        return merged_linear(x_BTI, self.weights, self.base.mT, self.vectors.mT)
+        return merged_linear(x_BTI, self.weights, self.base.mT, self.vectors.mT, budget_bytes=self.routing.budget_bytes)
 
     def lookup(self, ids: Int[Tensor, ...]) -> Float[Tensor, ...]:
         """Rows of the parameter [B, ..., D]; only the rows asked for are merged."""
@@ -145,12 +146,15 @@ def _linear_of_copies(
     base_OI: Tensor,
     vectors_KOI: Tensor,
     bias_BO: Tensor | None,
+    at_once: int,
 ) -> Tensor:
-    """The copies' matrices in one product, so that task vectors are read once, then each on its own samples."""
-    weights_CK = weights_BK[[part.start for part in copies]]
-    copies_COI = base_OI.reshape(1, -1).addmm(weights_CK, vectors_KOI.flatten(1)).view(-1, *base_OI.shape)
-    parts = [
-        F.linear(x_BTI[part], own_OI, None if bias_BO is None else bias_BO[part.start])
-        for part, own_OI in zip(copies, copies_COI, strict=True)
-    ]
+    """`at_once` copies' matrices in one product, so that task vectors are read once, then each on its own samples."""
+    parts = []
+    for some in (copies[start : start + at_once] for start in range(0, len(copies), at_once)):
+        weights_CK = weights_BK[[part.start for part in some]]
+        copies_COI = base_OI.reshape(1, -1).addmm(weights_CK, vectors_KOI.flatten(1)).view(-1, *base_OI.shape)
+        parts += [
+            F.linear(x_BTI[part], own_OI, None if bias_BO is None else bias_BO[part.start])
+            for part, own_OI in zip(some, copies_COI, strict=True)
+        ]
     return torch.cat(parts)

@@ -1,0 +1,55 @@
+"""The rates behind `bd_core/merged/cost.py`: what forming, multiplying and stacking cost an element of the matrix.
+
+    python -m infra.bench.bench_costs
+
+One matrix of a ViT-B/32 (3072 x 768), K = 8, 16 samples; median of rounds in which all forms run in turn. Forming and
+multiplying are the intercept and the slope of the tiled form over the tokens, stacking the slope of the other.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from bd_core.merged.exact import _stacked, _TiledLinear
+from bd_core.merged.kernel import kernel_name
+
+N_SAMPLES, N_EXPERTS, N_OUTPUTS, N_INPUTS = 16, 8, 3072, 768
+TOKENS = (1, 2, 4, 8, 16, 50)
+ROUNDS = 9
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.manual_seed(0)
+    base, vectors = torch.randn(N_OUTPUTS, N_INPUTS), torch.randn(N_EXPERTS, N_OUTPUTS, N_INPUTS)
+    weights = torch.softmax(torch.randn(N_SAMPLES, N_EXPERTS), -1)
+    passes: dict[tuple[str, int], Callable[[], object]] = {}
+    for n_tokens in TOKENS:
+        x = torch.randn(N_SAMPLES, n_tokens, N_INPUTS)
+        passes["tiles", n_tokens] = lambda x=x: _TiledLinear.apply(x, weights, base, vectors, None)
+        passes["stacked", n_tokens] = lambda x=x: _stacked(x, weights, base, vectors, None, N_SAMPLES)
+    seconds: dict[tuple[str, int], list[float]] = {each: [] for each in passes}
+    with torch.no_grad():
+        for _ in range(ROUNDS + 1):
+            for each, run in passes.items():
+                start = time.perf_counter()
+                run()
+                seconds[each].append(time.perf_counter() - start)
+    # A sample's nanoseconds of one core for an element; the first round warms up.
+    scale = 1e9 * torch.get_num_threads() / (N_SAMPLES * N_OUTPUTS * N_INPUTS)
+    cost = {each: scale * statistics.median(found[1:]) for each, found in seconds.items()}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, kernel {kernel_name()}")
+    print("| tokens | tiles ns | stacked ns |\n|---|---|---|")
+    for n_tokens in TOKENS:
+        print(f"| {n_tokens} | {cost['tiles', n_tokens]:.4f} | {cost['stacked', n_tokens]:.4f} |")
+    few, many = TOKENS[1], TOKENS[-1]
+    multiply = (cost["tiles", many] - cost["tiles", few]) / (many - few)
+    form = (cost["tiles", few] - few * multiply) / N_EXPERTS
+    stacked = (cost["stacked", many] - cost["stacked", few]) / (many - few) / (1 + N_EXPERTS)
+    print(f"form={form:.4f} multiply={multiply:.4f} stacked={stacked:.4f}")
+
+
+if __name__ == "__main__":
+    main()
