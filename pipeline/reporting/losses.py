@@ -17,6 +17,7 @@ from pipeline.reporting.style import Theme, canvas, only_horizontal
 
 STAGES = ("base", "experts", "fit_head", "baselines", "fit_router")
 POSITION = ("step", "epoch")
+COUNTS = ("anchors",)  # kept in the history beside the losses, and on another scale
 MOST_PANELS = 18
 COLUMNS = 3
 LABEL_GAP = 0.1  # of the panel's height
@@ -45,7 +46,7 @@ def read_histories(parts: Parts) -> list[History]:
                 terms = {
                     name: numbers_of(table, name)
                     for name in table.column_names
-                    if name not in POSITION and _is_number(table.schema.field(name).type)
+                    if name not in (*POSITION, *COUNTS) and _is_number(table.schema.field(name).type)
                 }
                 if table.num_rows == 0 or not terms:
                     continue
