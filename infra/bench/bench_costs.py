@@ -28,7 +28,7 @@ def main() -> None:
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     for n_tokens in TOKENS:
         x = torch.randn(N_SAMPLES, n_tokens, N_INPUTS)
-        passes["tiles", n_tokens] = lambda x=x: _TiledLinear.apply(x, weights, base, vectors, None)
+        passes["tiles", n_tokens] = lambda x=x: _TiledLinear.apply(x, weights, base, vectors, None)  # type: ignore[no-untyped-call]
         passes["stacked", n_tokens] = lambda x=x: _stacked(x, weights, base, vectors, None, N_SAMPLES)
     seconds: dict[tuple[str, int], list[float]] = {each: [] for each in passes}
     with torch.no_grad():

@@ -58,7 +58,7 @@ def main() -> None:
     lines = [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, kernel {kernel_name()}, fusion-bench 0.2.33",
         "",
-        "| batch | what | plain forward ms | FusionBench ms | ours ms | FusionBench / ours | quartiles | largest difference |",
+        "| batch | what | plain ms | FusionBench ms | ours ms | FusionBench / ours | quartiles | difference |",
         "|---" * 8 + "|",
     ]
     print("\n".join(lines), flush=True)
