@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from bd_core.merged.cost import CPU, CUDA, stacked_is_cheaper
+from bd_core.merged.gpu import triton_fits
 from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward
 from bd_core.merged.tiles import form_tile, tiles
 
@@ -34,11 +35,20 @@ def merged_linear(
     Differentiable in x, the weights and the bias, never in base or vectors. Of two forms the cheaper one (`cost.py`):
     tiles of merged weights, one a thread at a time, or K + 1 products of the activations, as many samples at a time as
     `budget_bytes` holds. Nothing of size batch x parameters is kept for backward, which forms the tiles anew.
+    Under autocast x is cast as for any product, while tiles are merged in the parameters' dtype and rounded after.
     """
     if stacked_is_cheaper(x_BTI.shape[1], len(vectors_KOI), CUDA if x_BTI.is_cuda else CPU):
         a_sample = x_BTI.shape[1] * vectors_KOI.shape[0] * vectors_KOI.shape[1] * x_BTI.element_size()
         if a_sample <= budget_bytes:
             return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, max(1, budget_bytes // max(1, a_sample)))
+    device = x_BTI.device.type
+    if not torch.is_autocast_enabled(device):
+        return _tiled(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+    with torch.autocast(device, enabled=False):
+        return _tiled(x_BTI.to(torch.get_autocast_dtype(device)), weights_BK, base_OI, vectors_KOI, bias_BO)
+
+
+def _tiled(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         y_BTO: Tensor = _operator(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
         return y_BTO
@@ -93,14 +103,18 @@ class _TiledLinear(torch.autograd.Function):
 def _forward(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:
     if kernel_fits(x_BTI, base_OI, vectors_KOI):
         return kernel_forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
+    if triton_fits(x_BTI, base_OI, vectors_KOI):
+        from bd_core.merged.triton_kernel import triton_forward
+
+        return triton_forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
     y_BTO = x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
     for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
-        tile_SIR = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]).mT
+        tile_SIR = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]).to(x_BTI.dtype).mT
         y_STR = y_BTO[samples, :, rows]
         if bias_BO is None:
             torch.bmm(x_BTI[samples], tile_SIR, out=y_STR)
         else:
-            torch.baddbmm(bias_BO[samples, None, rows], x_BTI[samples], tile_SIR, out=y_STR)
+            torch.baddbmm(bias_BO[samples, None, rows].to(x_BTI.dtype), x_BTI[samples], tile_SIR, out=y_STR)
     return y_BTO
 
 
@@ -116,14 +130,19 @@ def _backward(
     """dx_b = dy_b W_b and dw_bk = <dy_b^T x_b, tau_k>, each if needed."""
     if kernel_fits(x_BTI, base_OI, vectors_KOI):
         return kernel_backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
+    if triton_fits(x_BTI, base_OI, vectors_KOI):
+        from bd_core.merged.triton_kernel import triton_backward
+
+        return triton_backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
     dx_BTI = torch.zeros_like(x_BTI) if needs_x else None
     dweights_BK = torch.zeros_like(weights_BK) if needs_weights else None
     for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
         dy_STR = dy_BTO[samples, :, rows]
         if dx_BTI is not None:
-            dx_BTI[samples].baddbmm_(dy_STR, form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows]))
+            tile_SRI = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows])
+            dx_BTI[samples].baddbmm_(dy_STR, tile_SRI.to(x_BTI.dtype))
         if dweights_BK is not None:
-            dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples])
+            dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples]).to(vectors_KOI.dtype)
             dweights_BK[samples].addmm_(dtile_SRI.flatten(1), vectors_KOI[:, rows].flatten(1).T)
     return dx_BTI, dweights_BK
 
