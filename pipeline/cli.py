@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -32,6 +33,13 @@ Overrides = Annotated[
 StoreOption = Annotated[Path, typer.Option("--store", envvar="BD_STORE", help="The store's directory.")]
 INTERRUPTED = 130
 DEFAULT_STORE = Path("bd-store")
+
+
+class PredictMode(StrEnum):
+    """How a routed model may be merged, whatever its task vectors are stored as."""
+
+    exact = "exact"
+    grouped = "grouped"
 
 
 @app.command()
@@ -66,6 +74,57 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     workflow = Workflow.load(config, overrides or ())
     workflow.check()
     show_plan(workflow)
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A merged model of a run, e.g. bd_layer, or an artefact's directory.")
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, or folders of images.")],
+    store: StoreOption = DEFAULT_STORE,
+    run: Annotated[str | None, typer.Option("--run", help="Run id, or its beginning; default: the newest.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Choose from this task's classes; default: from all tasks'.")
+    ] = None,
+    mode: Annotated[
+        PredictMode | None,
+        typer.Option("--mode", help="How samples are merged; default: as stored, so exact unless cut by SVD."),
+    ] = None,
+    max_distance: Annotated[
+        float, typer.Option("--max-distance", min=0.0, help="Of routing weights that share a copy in mode grouped.")
+    ] = 0.05,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a forward pass.")] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="A .parquet or .jsonl file, or - for JSON lines; default: a table to read."),
+    ] = None,
+) -> None:
+    """Call a merged model on images: class, probability, uncertainty and the weight of each expert, image by image.
+
+    Needs nothing but the artefact, which may have been copied elsewhere. A file that is no readable image is a row
+    with the reason.
+
+    \b
+    Example:
+      bd-merge predict bd_layer photos/ --store bd-store
+      bd-merge predict bd_layer photos/cat.jpg --run demo-1a2b --task animals
+      bd-merge predict models/bd_layer-0123456789ab photos/ --mode grouped --output called.parquet
+    """
+    from pipeline.formats.predictions import check_output, write_predictions
+    from pipeline.predict import Caller, find_artefact, find_images
+    from pipeline.show import show_predictions
+
+    if output is not None:
+        check_output(output)
+    files = find_images(images)
+    directory = find_artefact(model, store, run)
+    caller = Caller.open(directory, task=task, mode=mode.value if mode else None, max_distance=max_distance)
+    predictions = caller.predict(files, batch_size=batch_size)
+    if output is None:
+        show_predictions(predictions, caller)
+    else:
+        write_predictions(output, predictions)
 
 
 @app.command()

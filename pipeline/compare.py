@@ -25,6 +25,8 @@ ORDER = (
     "twin_merging",
     "bd_task",
     "bd_layer",
+    "bd_task_static",
+    "bd_layer_static",
 )
 # Where things lie and how they are carried out: they differ between machines and change no number.
 NOT_COMPARED = ("store", "executor", "resources", "tracking", "name")

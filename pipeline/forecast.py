@@ -31,7 +31,8 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
         "base": full,
         "experts": n_tasks * tower,
         "baselines": (len(config.baselines.methods) - n_routed) * tower + n_routed * routed_size,
-        "export": len(config.fit_router.variants) * routed_size,
+        # Vectors that are cut or rounded take less: this is the most.
+        "export": len(config.fit_router.variants) * (routed_size + config.export.static * tower),
     }
     width, dim = (model[name].shape[axis] for name, axis in (("visual.class_embedding", 0), ("visual.proj", 1)))
     train, test = (_total([_images(source, split) for source in sources]) for split in ("train", "test"))

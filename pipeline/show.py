@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.doctor import Finding
 from pipeline.forecast import forecast_bytes
+from pipeline.formats.predictions import Prediction
 from pipeline.gc import Removed
 from pipeline.plan import StagePlan, estimate, reason, walk
+from pipeline.predict import Caller
 from pipeline.record import RunRecord, read_record, run_ids
 from pipeline.store import Manifest, Store
 from pipeline.workflow import Workflow
@@ -111,6 +114,28 @@ def show_status(store: Store) -> None:
         table.add_row(run_id, record.created, finished, str(len(record.stages)), units, f"{sum(held) / 2**20:.1f}")
     CONSOLE.print(table)
     CONSOLE.print(f"{len(sizes)} units, {sum(sizes.values()) / 2**20:.1f} MiB; `bd-merge gc` removes what no run pins")
+
+
+def show_predictions(predictions: Sequence[Prediction], caller: Caller) -> None:
+    """A row an image: what it is, how sure the model is, which experts it was merged from; rejects below."""
+    table = Table(title=f"{caller.merged.title}, {caller.mode}", title_justify="left")
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    for column in ("probability", "uncertainty"):
+        table.add_column(column, justify="right")
+    table.add_column("weight of each expert", overflow="fold")
+    called = [each for each in predictions if each.reject is None]
+    for each in called:
+        weights = " ".join(f"{name} {weight:.2f}" for name, weight in (each.weights or {}).items())
+        numbers = (f"{each.probability:.3f}", "–" if each.uncertainty is None else f"{each.uncertainty:.3f}")
+        table.add_row(escape(each.path), escape(str(each.prediction)), *numbers, escape(weights or "–"))
+    CONSOLE.print(table)
+    for each in predictions:
+        if each.reject is not None:
+            CONSOLE.print(f"rejected {each.path}: {each.reject}", markup=False, highlight=False)
+    CONSOLE.print(f"{len(called)} predicted, {len(predictions) - len(called)} rejected")
+    if (bound := caller.weight_error_bound()) is not None:
+        CONSOLE.print(f"samples shared merged copies: no parameter lies further than {bound:.3g} from a sample's own")
 
 
 def show_findings(findings: Sequence[Finding]) -> None:

@@ -64,6 +64,7 @@ class Config(Spec):
     threshold: ThresholdSpec = ThresholdSpec()
     baselines: BaselinesSpec = BaselinesSpec()
     fit_router: FitRouterSpec = FitRouterSpec()
+    export: ExportSpec = ExportSpec()
     corrupt: CorruptSpec = CorruptSpec()
     detect: DetectSpec = DetectSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -282,7 +283,7 @@ class Workflow:
             Pairs(PairsSpec(), self._resources("pairs")),
             Baselines(config.baselines, self._resources("baselines"), seed),
             FitRouter(config.fit_router, self._resources("fit_router"), seed),
-            Export(ExportSpec(), self._resources("export")),
+            Export(config.export, self._resources("export")),
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),
             Evaluate(config.evaluate, self._resources("evaluate")),
             Detect(config.detect, config.score, self._resources("detect")),

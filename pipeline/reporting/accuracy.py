@@ -55,6 +55,15 @@ def _method_cell(model: ModelResult, remarks: bool = True) -> Html:
     under = [remark] if remark else []
     if isinstance(cost, int) and cost > 0:
         under.append(f"+{cost / 1e6:.2f} M parameters" if cost >= 10_000 else f"+{cost:,} parameters")
+    if isinstance(size := model.cost.get("bytes_per_expert"), int):
+        under.append(f"{size / 2**20:.2f} MiB an expert on disk")
+    if (error := model.cost.get("relative_error_max")) is not None:
+        mean = model.cost["relative_error_mean"]
+        under.append(
+            f"task vectors compressed, relative error {percent(mean)} % on average, {percent(error)} % at most"
+        )
+    if (lost := model.against_dense.get("task_known", {}).get(CLEAN)) is not None:
+        under.append(f"{signed(lost)} points on clean images against whole task vectors")
     kind = "reference" if model.is_reference else "ours" if model.ours else "baseline"
     extra = tag("span", "; ".join(under), class_="under") if under and remarks else ""
     return tag("th", model.title, extra, scope="row", class_=kind)

@@ -1,7 +1,7 @@
 """What `evaluate` measured, typed: one model a row, by protocol, corruption level and task."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.compare import display_order
@@ -25,6 +25,7 @@ class ModelResult:
     router: Mapping[str, Any] | None
     cost: Mapping[str, Any]
     reference: str
+    against_dense: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # {protocol: {level: share}}
 
     @property
     def ours(self) -> bool:
@@ -111,6 +112,7 @@ def read_results(parts: Parts) -> Results:
                 router=data.get("router"),
                 cost=data.get("cost") or {},
                 reference=reference(unit),
+                against_dense=data.get("compared_with_dense") or {},
             )
         )
     return Results(tuple(sorted(models, key=lambda model: display_order(model.name))))

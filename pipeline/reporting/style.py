@@ -88,6 +88,8 @@ METHOD_LINES = {
     "twin_merging": Line("green", "P"),
     "bd_task": Line("sky", "o", "-", 2.2),
     "bd_layer": Line("blue", "o", "-", 2.8),
+    "bd_task_static": Line("sky", "o", "--"),
+    "bd_layer_static": Line("blue", "o", "--"),
 }
 SPARE_LINES = (Line("red", "X"), Line("muted", "<"), Line("green", ">", "-."), Line("pink", "h", "-."))
 

@@ -22,6 +22,7 @@ from bd_core.metrics import (
     relative_drop,
     reliability_bins,
 )
+from pipeline.backbones.open_clip import Backbone
 from pipeline.config import Spec
 from pipeline.formats.schemas import PREDICTIONS, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
@@ -29,9 +30,17 @@ from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.corrupt import CLEAN
 from pipeline.stages.fit_head import class_heads, label_space, unified_heads
-from pipeline.stages.merged_files import MERGED, Merged, open_merged
+from pipeline.stages.merged_files import (
+    MERGED,
+    Merged,
+    is_compressed,
+    open_merged,
+    read_recipe,
+    tell_fallback,
+    uncompressed,
+)
 from pipeline.stages.models import open_backbone
-from pipeline.stages.predictors import features_of
+from pipeline.stages.predictors import Routed, features_of
 from pipeline.store import Artefact
 
 SCORES = ("accuracy", "ece", "aurc")
@@ -41,6 +50,14 @@ class EvaluateSpec(Spec):
     """How predictions are judged."""
 
     bins: int = Field(default=15, ge=1, description="of the calibration error and the reliability diagram")
+    grouped_distance: float | None = Field(
+        default=None,
+        gt=0,
+        description="routed models share one merged copy among samples whose weights lie this near; None: never",
+    )
+    compare_dense: bool = Field(
+        default=True, description="also run compressed models with whole task vectors, and tell the difference"
+    )
 
 
 class Evaluate(Stage):
@@ -60,23 +77,50 @@ class Evaluate(Stage):
             "pretrained": shared,
             "experts": (*shared, *inputs["experts"]),
         }
-        units = [Unit(name, inputs=given, settings={"label_union": union}) for name, given in references.items()]
-        return units + [
-            Unit(model.unit, inputs=(*shared, model), settings={"label_union": union})
-            for stage in MERGED
-            for model in inputs[stage]
-        ]
+        settings = {"label_union": union}
+        units = [Unit(name, inputs=given, settings=settings) for name, given in references.items()]
+        if self.spec.grouped_distance is not None:
+            # Which samples share a copy depends on the batch they come in: here it is no matter of speed alone.
+            settings = {**settings, "batch_size": self.resources.batch_size}
+        for model in (model for stage in MERGED for model in inputs[stage]):
+            compared = self.spec.compare_dense and is_compressed(read_recipe(model.path))
+            experts = inputs["experts"] if compared else ()
+            units.append(Unit(model.unit, inputs=(*shared, *experts, model), settings=settings))
+        return units
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Write `metrics.json` and `predictions.parquet`."""
         base = unit.one("base")
         backbone = open_backbone(base)
         backbone.model.to(self.device)
-        merged = open_merged(unit, backbone, self.device)
+        merged = open_merged(unit, backbone, self.device, self.spec.grouped_distance)
+        report = StageReport(rows_in=0, rows_out=0)
+        judge = self._judged(unit, merged, backbone, report)
+        report.rows_in = report.rows_out = judge.n_images
+        metrics = judge.metrics(unit.id)
+        if isinstance(merged.predictor, Routed):
+            model = merged.predictor.merged
+            metrics["mode"] = model.mode
+            if model.mode == "grouped":
+                metrics["grouped"] = {"distance": model.max_distance, "weight_error_bound": model.weight_error_bound()}
+            report.notes |= tell_fallback(model, f"evaluate {unit.id}")
+            if unit.of("experts"):
+                whole = self._judged(unit, uncompressed(unit, merged, self.device), backbone, report)
+                metrics["compared_with_dense"] = _difference(metrics, whole.metrics(unit.id))
+        (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_table(out_dir / "predictions.parquet", PREDICTIONS, judge.predictions().to_pydict())
+        means = metrics["protocols"]["task_known"]
+        found = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
+        report.metrics = {name: value for name, value in found.items() if value is not None}
+        report.notes |= {"unlabelled": judge.unlabelled()}
+        return report
+
+    def _judged(self, unit: Unit, merged: Merged, backbone: Backbone, report: StageReport) -> "_Judge":
+        """The judge of `merged`, having seen every test image."""
+        base = unit.one("base")
         space = label_space(base, unit.settings["label_union"])
         heads = {task: head.float() for task, head in class_heads(base).items()}
         judge = _Judge(self.spec, merged, heads, unified_heads(base, space), space, backbone.logit_scale)
-        report = StageReport(rows_in=0, rows_out=0)
         for part in unit.of("corrupt"):
             pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
             if not len(pixels):
@@ -86,16 +130,7 @@ class Evaluate(Stage):
                     merged.predictor, pixels, part.report["notes"]["task"], self.resources.batch_size, self.device
                 )
             judge.add(part, features, weights)
-            report.rows_in += len(pixels)
-        report.rows_out = report.rows_in
-        metrics = judge.metrics(unit.id)
-        (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        write_table(out_dir / "predictions.parquet", PREDICTIONS, judge.predictions().to_pydict())
-        means = metrics["protocols"]["task_known"]
-        found = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
-        report.metrics = {name: value for name, value in found.items() if value is not None}
-        report.notes = {"unlabelled": judge.unlabelled()}
-        return report
+        return judge
 
 
 class _Judge:
@@ -147,6 +182,11 @@ class _Judge:
             )
         )
 
+    @property
+    def n_images(self) -> int:
+        """Images judged, once a level."""
+        return sum(len(table) for table in self._tables)
+
     def predictions(self) -> pa.Table:
         """One row an image and level."""
         return pa.concat_tables(self._tables)
@@ -175,6 +215,9 @@ class _Judge:
                 if len(own := columns[columns["level"] == level])
             },
             "router": self._router(),
+            "mode": None,  # of the per-sample merge; None where nothing is routed
+            "grouped": None,
+            "compared_with_dense": None,
             "cost": self._merged.cost,
         }
 
@@ -217,6 +260,17 @@ class _Judge:
             for level in self._levels
         }
         return {"groups": self._merged.groups, "experts": self._merged.experts, "mean_weights": mean}
+
+
+def _difference(metrics: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """{protocol: {level: mean accuracy minus that with whole task vectors}}: what compression cost, in shares."""
+    found: dict[str, dict[str, float | None]] = {}
+    for protocol, levels in metrics["protocols"].items():
+        found[protocol] = {}
+        for level, cell in levels.items():
+            mine, theirs = cell["mean"]["accuracy"], whole["protocols"][protocol][level]["mean"]["accuracy"]
+            found[protocol][level] = None if mine is None or theirs is None else mine - theirs
+    return found
 
 
 def _drop(clean: float | None, value: float | None) -> float | None:

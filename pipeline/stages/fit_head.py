@@ -1,8 +1,9 @@
 """fit_head: the evidential head, fitted on cached features; no image is decoded and no label is read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -128,8 +129,13 @@ def unified_heads(base: Artefact, space: LabelSpace) -> Tensor:
 def load_head(artefact: Artefact) -> tuple[EvidentialHead, LabelSpace]:
     """The fitted head and its label space."""
     config = json.loads(artefact.file("config.json").read_text(encoding="utf-8"))
+    return head_from(config, load_file(artefact.file("model.safetensors")))
+
+
+def head_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[EvidentialHead, LabelSpace]:
+    """A head of this configuration holding `state`, and its label space."""
     space = LabelSpace(tuple(config["classes"]), {task: tuple(ids) for task, ids in config["maps"].items()})
     weight = torch.zeros(space.n_classes, config["width"])
     head = EvidentialHead(weight, activation=config["activation"])
-    head.load_state_dict(load_file(artefact.file("model.safetensors")))
+    head.load_state_dict(dict(state))
     return head.eval(), space

@@ -20,6 +20,7 @@ from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, StageReport, Unit
 from pipeline.stages.fit_head import class_heads
 from pipeline.stages.images import PoolImages
+from pipeline.stages.merged_files import tell_fallback
 from pipeline.stages.models import Experts, open_backbone
 from pipeline.stages.pair_sampler import PairSampler
 from pipeline.stages.pool import Pool
@@ -129,6 +130,7 @@ class FitRouter(FitStage):
                 context=context,
                 checkpoint_every=self.spec.checkpoint_every,
             )
+        report.notes = tell_fallback(merged, f"fit_router {unit.id}")
         report.metrics = {"final_loss": history[-1]["loss"], "anchors_with_pairs": float(loss.pairs.n_anchors)}
         write_safetensors(out_dir / "model.safetensors", router.state_dict())
         config = {

@@ -5,26 +5,37 @@ Shape letters: K experts, G layer groups.
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bd_core.compression import CompressedVectors
 from bd_core.merged import MergedModel
 from bd_core.task_vectors import TaskVectors
+from pipeline import logs
 from pipeline.backbones.open_clip import Backbone
 from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Unit
 from pipeline.stages.fitted_router import router_from
-from pipeline.stages.models import VISUAL
+from pipeline.stages.models import VISUAL, Experts
 from pipeline.stages.predictors import Individual, Predictor, Routed, Static
+from pipeline.stages.task_vector_files import (
+    DenseSpec,
+    VectorsSpec,
+    bytes_per_expert,
+    read_task_vectors,
+    write_task_vectors,
+)
 from pipeline.store import Artefact
 
 MERGED = ("baselines", "export")  # the stages whose units are merged models
+Mode = Literal["exact", "low_rank", "grouped"]
 REFERENCES = {"pretrained": "Pretrained", "experts": "Individual experts"}
 
 
@@ -52,12 +63,13 @@ def write_routed(
     vectors: TaskVectors,
     router: nn.Module,
     recipe: Mapping[str, Any],
+    stored_as: VectorsSpec = DenseSpec(),  # noqa: B008 - frozen
 ) -> None:
     """Write theta_0, the K task vectors stacked along the first axis, the router and the recipe."""
     write_safetensors(directory / "base.safetensors", base)
-    write_safetensors(directory / "task_vectors.safetensors", vectors.vectors)
+    kept = write_task_vectors(directory, vectors, stored_as)
     write_safetensors(directory / "router.safetensors", router.state_dict())
-    write_recipe(directory, {"kind": "routed", **recipe})
+    write_recipe(directory, {"kind": "routed", **recipe} | ({"vectors": kept} if kept else {}))
 
 
 def recipe_of(unit: Unit, title: str) -> dict[str, Any]:
@@ -75,30 +87,78 @@ def write_recipe(directory: Path, recipe: Mapping[str, Any]) -> None:
     (directory / "recipe.json").write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def open_merged(unit: Unit, backbone: Backbone, device: torch.device) -> Merged:
-    """The model that an evaluate unit is about, on `device`."""
+def read_recipe(directory: Path) -> dict[str, Any]:
+    """What `recipe.json` in `directory` says."""
+    recipe: dict[str, Any] = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
+    return recipe
+
+
+def is_compressed(recipe: Mapping[str, Any]) -> bool:
+    """Whether the task vectors are kept in another form than whole in float32."""
+    return bool(recipe.get("vectors"))
+
+
+def open_merged(unit: Unit, backbone: Backbone, device: torch.device, grouped_distance: float | None = None) -> Merged:
+    """The model that an evaluate unit is about, on `device`; `grouped_distance` shares merged copies, as MergedModel's.
+
+    Task vectors that were cut stay factors, unless copies are shared.
+    """
     n_base = sum(p.numel() for p in backbone.visual.parameters())
     if unit.id == "pretrained":
         return _reference(unit.id, Static(backbone, backbone.visual.to(device)), n_base, n_base)
     if unit.id == "experts":
         towers = {a.unit: _tower(backbone, load_file(a.file(VISUAL)), device) for a in unit.of("experts")}
         return _reference(unit.id, Individual(backbone, towers), n_base, n_base * len(towers))
-    directory = merged_model(unit).path
-    recipe = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
+    if grouped_distance is None:
+        return open_directory(merged_model(unit).path, backbone, device)
+    return open_directory(merged_model(unit).path, backbone, device, "grouped", grouped_distance)
+
+
+def open_directory(
+    directory: Path, backbone: Backbone, device: torch.device, mode: Mode | None = None, max_distance: float = 0.05
+) -> Merged:
+    """The merged model whose files lie in `directory`; `backbone` reads tokens and must hold what its router read.
+
+    `mode` and `max_distance` are those of MergedModel; without a mode, as the task vectors are stored.
+    """
+    recipe = read_recipe(directory)
+    n_base = sum(p.numel() for p in backbone.visual.parameters())
     if recipe["kind"] == "static":
         tower = _tower(backbone, load_file(directory / VISUAL), device)
-        return _merged(recipe, Static(backbone, tower), n_base, n_base)
+        return _merged(recipe, Static(backbone, tower), _cost(n_base, n_base, dynamic=False))
     base = load_file(directory / "base.safetensors")
-    vectors = TaskVectors(
-        load_file(directory / "task_vectors.safetensors"),
-        {name: value for name, value in base.items() if not value.is_floating_point()},
-    )
-    merged = MergedModel(backbone.visual, base, vectors, groups=recipe["group_of"]).to(device)
+    kept = recipe.get("vectors", {})
+    vectors = read_task_vectors(directory, kept, base)
+    merged = MergedModel(
+        backbone.visual, base, vectors, groups=recipe["group_of"], mode=mode, max_distance=max_distance
+    ).to(device)
     router = router_from(recipe["router"], load_file(directory / "router.safetensors")).to(device)
-    n_router = sum(p.numel() for p in router.parameters())
-    n_vectors = sum(stacked.numel() for stacked in vectors.vectors.values())
     # The pretrained tower runs too, for the router's tokens; where it is not the base, it is extra.
-    return _merged(recipe, Routed(backbone, merged, router), n_base, n_base + n_vectors + n_router)
+    n_all = n_base + _n_values(vectors) + sum(p.numel() for p in router.parameters())
+    cost = _cost(n_base, n_all, dynamic=True) | {"bytes_per_expert": bytes_per_expert(directory, vectors.n_experts)}
+    cost |= {name: kept[name] for name in ("relative_error_mean", "relative_error_max") if name in kept}
+    return _merged(recipe, Routed(backbone, merged, router), cost)
+
+
+def uncompressed(unit: Unit, merged: Merged, device: torch.device) -> Merged:
+    """`merged` with the experts' own task vectors, exact: what compression is judged against. Equal routing weights."""
+    routed, experts = merged.predictor, Experts.of(unit.inputs)
+    assert isinstance(routed, Routed)
+    exact = MergedModel(
+        routed.backbone.visual,
+        experts.base_state,
+        experts.vectors(),
+        groups=read_recipe(merged_model(unit).path)["group_of"],
+    )
+    return replace(merged, predictor=Routed(routed.backbone, exact.to(device), routed.router))
+
+
+def tell_fallback(merged: MergedModel, who: str) -> dict[str, Any]:
+    """Log once if some of the model has no batched form, which costs time and changes no result; notes for a report."""
+    if merged.fallback_reason is None:
+        return {}
+    logs.fact(f"{who} merges in part through torch.func", level=logging.WARNING, reason=merged.fallback_reason)
+    return {"fallback_reason": merged.fallback_reason}
 
 
 def merged_model(unit: Unit) -> Artefact:
@@ -117,11 +177,17 @@ def _reference(name: str, predictor: Predictor, n_base: int, n_all: int) -> Merg
     return Merged(REFERENCES[name], predictor, False, [], [], _cost(n_base, n_all, dynamic=False))
 
 
-def _merged(recipe: Mapping[str, Any], predictor: Predictor, n_base: int, n_all: int) -> Merged:
-    dynamic = recipe["kind"] == "routed"
+def _merged(recipe: Mapping[str, Any], predictor: Predictor, cost: dict[str, Any]) -> Merged:
     router = recipe.get("router", {})
     groups, experts = router.get("groups", []), router.get("experts", [])
-    return Merged(recipe["title"], predictor, dynamic, groups, experts, _cost(n_base, n_all, dynamic))
+    return Merged(recipe["title"], predictor, recipe["kind"] == "routed", groups, experts, cost)
+
+
+def _n_values(vectors: TaskVectors | CompressedVectors) -> int:
+    if isinstance(vectors, TaskVectors):
+        return sum(stacked.numel() for stacked in vectors.vectors.values())
+    parts = [part for pair in vectors.factors.values() for part in pair]
+    return sum(stacked.numel() for stacked in (*vectors.dense.values(), *parts))
 
 
 def _cost(n_base: int, n_all: int, dynamic: bool) -> dict[str, Any]:

@@ -5,9 +5,12 @@ The artefact is whole: model configuration, preprocessing and class heads lie be
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.stage import Unit
+from pipeline.stages.task_vector_files import VECTORS
 
 PRETRAINED = "pretrained.safetensors"
 
@@ -37,11 +40,7 @@ with torch.inference_mode():
 
 ROUTED = """\
 from bd_core import MergedModel, Router
-from bd_core.task_vectors import TaskVectors
-
-base, recipe = load_file(here / "base.safetensors"), json.loads((here / "recipe.json").read_text())
-integers = {{name: value for name, value in base.items() if not value.is_floating_point()}}
-vectors = TaskVectors(load_file(here / "task_vectors.safetensors"), integers)
+{vectors}
 form = recipe["router"]
 router = Router(
     form["width"], len(form["experts"]), form["n_groups"], form["hidden"], form["kind"], form["null_expert"]
@@ -56,6 +55,24 @@ with torch.inference_mode():
     merged = MergedModel(visual, base, vectors, groups=recipe["group_of"])
     features = torch.nn.functional.normalize(merged(images, weights=weights), dim=-1)
 """
+
+WHOLE_VECTORS = """\
+from bd_core.task_vectors import TaskVectors
+
+base, recipe = load_file(here / "base.safetensors"), json.loads((here / "recipe.json").read_text())
+integers = {name: value for name, value in base.items() if not value.is_floating_point()}
+vectors = TaskVectors(load_file(here / "task_vectors.safetensors"), integers)"""
+
+CUT_VECTORS = """\
+from bd_core.compression import CompressedVectors
+
+base, recipe = load_file(here / "base.safetensors"), json.loads((here / "recipe.json").read_text())
+integers = {name: value for name, value in base.items() if not value.is_floating_point()}
+stored, kept = load_file(here / "task_vectors.safetensors"), recipe["vectors"]
+shapes = {name: tuple(shape) for name, shape in kept["shapes"].items()}
+factors = {name: (stored["left/" + name], stored["right/" + name]) for name in shapes if name not in stored}
+whole = {name: stored[name] for name in shapes if name in stored}
+vectors = CompressedVectors(factors, whole, integers, shapes, kept["relative_error"])"""
 
 PREDICT = """\
 heads = load_file(here / "class_heads.safetensors")[task]
@@ -78,17 +95,22 @@ def write_model_card(directory: Path, unit: Unit) -> None:
     for source, target in kept.items():
         shutil.copyfile(base.file(source), directory / target)
     tasks = list(json.loads(base.file("classes.json").read_text(encoding="utf-8")))
-    routed = (directory / "task_vectors.safetensors").exists()
+    routed = (directory / VECTORS).exists()
+    recipe = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
+    kept = recipe.get("vectors", {})
+    vectors = CUT_VECTORS if kept.get("kind") == "low_rank" else WHOLE_VECTORS
     # Where the vectors are added to theta_0 itself, as in BD-Merging, it is not kept twice.
     pretrained = PRETRAINED if (directory / PRETRAINED).exists() else "base.safetensors"
     code = (
         OPEN.format(tasks=", ".join(tasks), build=_build(model))
-        + (ROUTED.format(pretrained=pretrained) if routed else STATIC)
+        + (ROUTED.format(pretrained=pretrained, vectors=vectors) if routed else STATIC)
         + PREDICT
     )
     parents = [artefact for artefact in unit.inputs if artefact.stage in ("base", "experts")]
     made_from = "\n".join(f"- `{parent.stage}/{parent.unit}` {parent.digest[:12]}" for parent in parents)
     kind = "merged for every sample by a router" if routed else "one merged image tower"
+    if kept:
+        kind += f"; task vectors {_stored(kept)}"
     packages = "torch, open_clip, safetensors and bd_core" if routed else "torch, open_clip and safetensors"
     text = (
         f"# {unit.id}\n\nMethod `{unit.settings['method']}`, {kind}. `recipe.json` holds method, parameters and "
@@ -96,6 +118,15 @@ def write_model_card(directory: Path, unit: Unit) -> None:
         f"To run it with {packages} alone:\n\n```python\n{code}```\n"
     )
     (directory / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+
+
+def _stored(kept: Mapping[str, Any]) -> str:
+    """How the vectors are kept, and at what price."""
+    form = "cut by SVD" if kept["kind"] == "low_rank" else "whole"
+    return (
+        f"{form} in {kept['dtype']}, {kept['bytes_per_expert'] / 2**20:.2f} MiB an expert, relative error "
+        f"{kept['relative_error_mean']:.2g} on average and {kept['relative_error_max']:.2g} at most"
+    )
 
 
 def _build(model: str) -> str:

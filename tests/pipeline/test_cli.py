@@ -17,6 +17,17 @@ from pipeline.cli import app
 COMMANDS = {
     "run": ["CONFIG", "KEY=VALUE"],
     "plan": ["CONFIG", "KEY=VALUE"],
+    "predict": [
+        "MODEL",
+        "IMAGE",
+        "--store",
+        "--run",
+        "--task",
+        "--mode",
+        "--max-distance",
+        "--batch-size",
+        "--output",
+    ],
     "status": ["--store"],
     "doctor": ["CONFIG", "KEY=VALUE", "--contents"],
     "gc": ["--store", "--keep", "--dry-run"],
