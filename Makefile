@@ -47,7 +47,8 @@ bench: setup ## the benchmarks that fit a laptop; results go to infra/bench/resu
 	$(BIN)/python -m infra.bench.bench_merged --quick
 
 lock: setup ## write requirements.lock from the environment, without addresses
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|pip|setuptools|wheel)==' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|pip|setuptools|wheel)==' \
+	  | sed 's/^triton==.*/&; platform_system == "Linux" and platform_machine == "x86_64"/' > requirements.lock
 
 clean: ## remove the environment and caches, never a store
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
