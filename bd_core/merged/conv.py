@@ -57,10 +57,13 @@ class MergedConv2d(WeightAndBias):
         return y if bias_BO is None else y + bias_BO[:, :, None, None]
 
     def _tiled(self, x: Tensor) -> Tensor:
-        weight = self.merged_weight
-        y: Tensor = _TiledConv2d.apply(  # type: ignore[no-untyped-call]
-            x, weight.weights, weight.base, weight.vectors, self.stride, self.padding, self.dilation, self.groups
-        )
+        weight, device = self.merged_weight, x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        operands = (x, weight.weights, weight.base, weight.vectors)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        with torch.autocast(device, enabled=False):  # kernels are merged in their own dtype and rounded after
+            y: Tensor = _TiledConv2d.apply(*operands, *geometry)  # type: ignore[no-untyped-call]
         return y
 
     def _factors(self, x: Tensor, weight: MergedTensor) -> Tensor:
@@ -101,7 +104,7 @@ class _TiledConv2d(torch.autograd.Function):
         ctx.geometry = (stride, padding, dilation, groups)
         parts: dict[int, list[Tensor]] = {}
         for rows, samples in _conv_tiles(x, base, groups):
-            kernel = form_tile(weights_BK[samples], base[rows], vectors[:, rows])
+            kernel = form_tile(weights_BK[samples], base[rows], vectors[:, rows]).to(x.dtype)
             n_samples, n_rows = kernel.shape[:2]
             y = F.conv2d(
                 x[samples].flatten(0, 1)[None],
@@ -124,7 +127,7 @@ class _TiledConv2d(torch.autograd.Function):
         dx = torch.zeros_like(x) if needs_x else None
         dweights_BK = torch.zeros_like(weights_BK) if needs_weights else None
         for rows, samples in _conv_tiles(x, base, groups):
-            kernel = form_tile(weights_BK[samples], base[rows], vectors[:, rows])
+            kernel = form_tile(weights_BK[samples], base[rows], vectors[:, rows]).to(x.dtype)
             n_samples = len(kernel)
             dx_tile, dkernel, _ = torch.ops.aten.convolution_backward(
                 dy[samples, rows].flatten(0, 1)[None],
@@ -142,7 +145,8 @@ class _TiledConv2d(torch.autograd.Function):
             if dx is not None:
                 dx[samples] += dx_tile.view(n_samples, *x.shape[1:])
             if dweights_BK is not None:
-                dweights_BK[samples].addmm_(dkernel.reshape(n_samples, -1), vectors[:, rows].flatten(1).T)
+                dkernel = dkernel.reshape(n_samples, -1).to(vectors.dtype)
+                dweights_BK[samples].addmm_(dkernel, vectors[:, rows].flatten(1).T)
         return dx, dweights_BK, None, None, None, None, None, None
 
 

@@ -134,7 +134,7 @@ def _backward(
         from bd_core.merged.triton_kernel import triton_backward
 
         return triton_backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
-    dx_BTI = torch.zeros_like(x_BTI) if needs_x else None
+    dx_BTI = x_BTI.new_zeros(x_BTI.shape) if needs_x else None
     dweights_BK = torch.zeros_like(weights_BK) if needs_weights else None
     for rows, samples in tiles(len(x_BTI), len(base_OI), base_OI.shape[1] * base_OI.element_size()):
         dy_STR = dy_BTO[samples, :, rows]

@@ -5,7 +5,7 @@ Legend: B batch, S samples of a chunk, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,13 +33,19 @@ class VmapModule(nn.Module):
 
     def __init__(self, module: nn.Module, tensors: dict[str, MergedTensor], constants: dict[str, Tensor]) -> None:
         super().__init__()
-        # In a tuple, not registered: its placeholders must not be moved, cast or counted as parameters.
+        # In a tuple, not registered: its placeholders must not be counted as parameters.
         self._held = (_with_differentiable_statistics(module),)
         self._names = tuple(tensors)
         self._constants = tuple(constants)
         self.tensors = nn.ModuleList(tensors.values())
         for i, tensor in enumerate(constants.values()):
             self.register_buffer(f"constant_{i}", tensor, persistent=False)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> VmapModule:
+        # Buffers outside the state dict live there and move along.
+        self._held[0]._apply(function, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def merged(self) -> dict[str, MergedTensor]:
         """The merged tensors by their name in the module."""

@@ -42,7 +42,8 @@ class MergedTensor(nn.Module):
 
     def forward(self) -> Float[Tensor, "B ..."]:
         """theta_0 + sum_k w_bk tau_k, one copy a sample: for parameters no larger than an activation."""
-        flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
+        with torch.autocast(self.base.device.type, enabled=False):  # a parameter is not rounded before it is used
+            flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
         return flat.reshape(-1, *self.base.shape)
 
     def of_sample(self, weights_K: Float[Tensor, " K"]) -> Float[Tensor, ...]:
