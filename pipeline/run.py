@@ -142,11 +142,22 @@ class _Run:
         del self._running[name]
         if running.failures:
             self._failed.append(running)
+            self._drop_what_waits()
             return
         self._done[name] = artefacts = running.plan.artefacts
         self._progress.end(name, *(sum(int(a.report[count]) for a in artefacts) for count in ("rows_in", "rejected")))
         made = [outcome.artefact for outcome in running.outcomes if outcome.artefact is not None]
         self._note(name, running.began, **stage_times(made, self._started, len(artefacts)))
+
+    def _drop_what_waits(self) -> None:
+        """After a failure nothing else begins: stages whose last units were dropped are not under way any more."""
+        assert self._executor is not None
+        for name in self._executor.drop():
+            self._running[name].to_do -= 1
+        for name in [name for name, running in self._running.items() if len(running.outcomes) == running.to_do]:
+            running = self._running.pop(name)
+            if running.failures:
+                self._failed.append(running)
 
     def _set_damaged_aside(self, plan: StagePlan) -> None:
         for each in plan.missing:

@@ -123,8 +123,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 STAGES: tuple[type[Stage], ...] = (
     Shard,
     TrainBase,
-    Embed,  # before the experts, so that the head can be fitted beside them
     TrainExperts,
+    Embed,
     FitHead,
     Index,
     Neighbours,
@@ -264,17 +264,21 @@ class Workflow:
         models = config.models
         base: Stage
         experts: Stage
+        embed: Stage = Embed(config.embed, self._resources("embed"))
         if isinstance(models, TrainSpec):
             base = TrainBase(models, config.tasks, self._resources("base"), seed)
             experts = TrainExperts(models, config.tasks, self._resources("experts"), seed)
+            # Experts are long in training: the head is embedded and fitted beside them.
+            beside = [embed, experts]
         else:
             base = ImportBase(models, config.tasks, self._resources("base"))
             experts = ImportExperts(models, config.tasks, self._resources("experts"))
+            # Imported ones may be refused, which should be known before anything long begins.
+            beside = [experts, embed]
         return [
             Shard(config.shard, config.tasks, self._resources("shard")),
             base,
-            Embed(config.embed, self._resources("embed")),
-            experts,
+            *beside,
             FitHead(config.fit_head, self._resources("fit_head"), seed),
             Index(config.index, self._resources("index"), seed),
             Neighbours(config.neighbours, self._resources("neighbours")),

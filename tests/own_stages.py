@@ -5,6 +5,7 @@ A file `fail-<unit>` in `Numbers.trouble` makes that unit fail, `lose-<unit>` ma
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from tiny import Tiny
 
 from pipeline.config import Resources, Spec
 from pipeline.errors import DataError
+from pipeline.executors import Outcome, SerialExecutor
 from pipeline.record import RunRecord
 from pipeline.run import run
 from pipeline.stage import Inputs, Stage, StageReport, Unit
@@ -95,15 +97,25 @@ class Letters(Stage):
     name: ClassVar[str] = "letters"
     version: ClassVar[int] = 1
     trouble: Path | None = None
+    count: int = 1
 
     def units(self, inputs: Inputs) -> list[Unit]:
-        return [Unit("letters")]
+        return [Unit("letters"), *(Unit(f"more-{number}") for number in range(1, self.count))]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         if self.trouble is not None and (self.trouble / "fail-letters").exists():
             raise DataError("letters are in trouble")
         (out_dir / "letters.txt").write_text("abc")
         return StageReport(rows_in=3, rows_out=3)
+
+
+class FailingFirst(SerialExecutor):
+    """Does `letters` and `n-0` before all other units, so that two stages have failures when one of them ends."""
+
+    def wait(self) -> tuple[str, Outcome]:
+        first = ("letters", "n-0")
+        self._waiting = deque(sorted(self._waiting, key=lambda each: each[1].unit.id not in first))
+        return super().wait()
 
 
 def own_workflow(

@@ -2,7 +2,7 @@
 
     python -m infra.bench.bench_costs
 
-One matrix of a ViT-B/32 (3072 x 768), K = 8, 16 samples; median of rounds in which all forms run in turn. Forming and
+One matrix of a ViT-B/32 (3072 x 768), K = 8, 64 samples; median of rounds in which all forms run in turn. Forming and
 multiplying are the intercept and the slope of the tiled form over the tokens, stacking the slope of the other.
 """
 
@@ -15,8 +15,8 @@ import torch
 from bd_core.merged.exact import _stacked, _TiledLinear
 from bd_core.merged.kernel import kernel_name
 
-N_SAMPLES, N_EXPERTS, N_OUTPUTS, N_INPUTS = 16, 8, 3072, 768
-TOKENS = (1, 2, 4, 8, 16, 50)
+N_SAMPLES, N_EXPERTS, N_OUTPUTS, N_INPUTS = 64, 8, 3072, 768
+TOKENS = (1, 2, 4, 8, 16)
 ROUNDS = 9
 
 

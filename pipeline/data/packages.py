@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pyarrow.csv import ReadOptions, read_csv
 
 from pipeline.data import earth
 from pipeline.data.images import encode_png
@@ -124,6 +123,8 @@ def _earth(patches: Callable[[], Iterable[earth.Patch]]) -> Callable[[], Iterato
 
 
 def _csv(distribution: str, path: str) -> NDArray[np.float32]:
+    from pyarrow.csv import ReadOptions, read_csv  # heavy, and only some sets are tables
+
     table = read_csv(package_file(distribution, path), read_options=ReadOptions(autogenerate_column_names=True))
     return np.stack([column.to_numpy() for column in table.columns], axis=1).astype(np.float32)
 

@@ -66,6 +66,10 @@ class RayExecutor:
             outcome = failed(self._store, self._run_id, stage, each.unit.id, error)
         return stage, outcome
 
+    def drop(self) -> list[str]:
+        """Nothing: Ray has all units and does not say which have begun, and to cancel those would lose their work."""
+        return []
+
     def close(self) -> None:
         """Leave Ray; a local one ends."""
         self._session.close()

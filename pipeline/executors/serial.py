@@ -33,5 +33,11 @@ class SerialExecutor:
         stage, planned, token = self._waiting.popleft()
         return stage.name, self._runner(stage, planned, token)
 
+    def drop(self) -> list[str]:
+        """Give up every unit that waits."""
+        dropped = [stage.name for stage, _, _ in self._waiting]
+        self._waiting.clear()
+        return dropped
+
     def close(self) -> None:
         """Nothing was started, so nothing is released."""

@@ -49,6 +49,10 @@ class Executor(Protocol):
         """The stage's name and the outcome of the next unit to end, of those taken on."""
         ...
 
+    def drop(self) -> list[str]:
+        """Give up units that have not begun; the stage's name for each."""
+        ...
+
     def close(self) -> None:
         """Release everything the executor started."""
         ...

@@ -8,6 +8,7 @@ import pytest
 from finished import Finished
 from own_stages import (
     RESUME,
+    FailingFirst,
     Letters,
     NumbersSpec,
     SquareSpec,
@@ -80,14 +81,22 @@ def test_a_failing_unit_does_not_stop_its_siblings_and_the_same_command_finishes
     assert total_of(record, store) == 14
 
 
-def test_a_failing_stage_lets_those_under_way_finish_and_begins_no_other(tiny_project: Tiny, store: Store) -> None:
+def test_after_a_failed_stage_nothing_else_begins(tiny_project: Tiny, store: Store) -> None:
     (tiny_project.root / "fail-n-0").touch()
     workflow = own_workflow(tiny_project)
-    workflow.stages.append(Letters(Spec()))
+    workflow.stages.append(Letters(Spec()))  # waits behind the numbers
     with pytest.raises(UnitsFailed, match="numbers: 1 of 4 units failed"):
         run(workflow, RESUME)
-    made = {f"{m.stage}/{m.unit}" for _, m in store.units()}
-    assert made == {"numbers/n-1", "numbers/n-2", "numbers/n-3", "letters/letters"}
+    assert {f"{m.stage}/{m.unit}" for _, m in store.units()} == {"numbers/n-1", "numbers/n-2", "numbers/n-3"}
+
+
+def test_what_is_under_way_beside_a_failed_stage_ends_and_is_kept(tiny_project: Tiny, store: Store) -> None:
+    (tiny_project.root / "fail-n-0").touch()
+    workflow = own_workflow(tiny_project)
+    workflow.stages.insert(0, Letters(Spec()))
+    with pytest.raises(UnitsFailed, match="numbers: 1 of 4 units failed"):
+        run(workflow, RESUME)
+    assert "letters/letters" in {f"{m.stage}/{m.unit}" for _, m in store.units()}
 
 
 def test_every_failed_stage_is_named(tiny_project: Tiny) -> None:
@@ -95,11 +104,12 @@ def test_every_failed_stage_is_named(tiny_project: Tiny) -> None:
         (tiny_project.root / name).touch()
     workflow = own_workflow(tiny_project)
     letters = Letters(Spec())
-    letters.trouble = tiny_project.root
-    workflow.stages.append(letters)
-    with pytest.raises(UnitsFailed, match="units of letters failed as well") as caught:
+    letters.trouble, letters.count = tiny_project.root, 2
+    workflow.stages.insert(0, letters)
+    workflow.executor = lambda *given: FailingFirst(*given)  # type: ignore[method-assign]
+    with pytest.raises(UnitsFailed, match="units of numbers failed as well") as caught:
         run(workflow, RESUME)
-    assert str(caught.value).startswith("numbers: 1 of 4 units failed; first (n-0)")
+    assert str(caught.value).startswith("letters: 1 of 2 units failed; first (letters)")
 
 
 def test_a_lost_row_fails_the_unit(tiny_project: Tiny, store: Store) -> None:
