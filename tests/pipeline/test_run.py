@@ -109,7 +109,7 @@ def test_every_failed_stage_is_named(tiny_project: Tiny) -> None:
     workflow.executor = lambda *given: FailingFirst(*given)  # type: ignore[method-assign]
     with pytest.raises(UnitsFailed, match="units of numbers failed as well") as caught:
         run(workflow, RESUME)
-    assert str(caught.value).startswith("letters: 1 of 2 units failed; first (letters)")
+    assert str(caught.value).startswith("letters: 2 of 2 units failed; first (letters)")
 
 
 def test_a_lost_row_fails_the_unit(tiny_project: Tiny, store: Store) -> None:
