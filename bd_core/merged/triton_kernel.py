@@ -3,11 +3,12 @@
     forward   y_b  = x_b W_b^T + bias_b,   W_b = W_0 + sum_k w_bk tau_k
     backward  dx_b = dy_b W_b,             dw_bk = <dy_b^T x_b, tau_k>
 
-A program owns a block of samples: it reads each tile of W_0 and of the task vectors once for all of them, merges in
-float32, rounds to the activations' dtype and multiplies, float32 accumulators throughout. Any strides, so that views
-(rows of a matrix, transposed matrices) are read in place and nothing is copied; base and task vectors may have a
-dtype of their own. Tile sizes follow from the number of tokens alone and sums have a fixed order without atomics: y
-and dx of a sample are bitwise the same whatever its batch, and all is the same from run to run.
+A program owns a block of samples: it reads each tile of W_0 and of the task vectors once for all of them, merges them
+in one product [samples, experts] [experts, elements] whose sums are float32 (tensor cores: without them, merging costs
+several times the product it is for), rounds to the activations' dtype and multiplies. Any strides, so that views (rows
+of a matrix, transposed matrices) are read in place and nothing but the routing weights is copied; base and task vectors
+may have a dtype of their own. Tile sizes do not depend on the batch and sums have a fixed order without atomics: y and
+dx of a sample are bitwise the same whatever its batch, and all is the same from run to run.
 
 Imported by `exact.py` where Triton is installed. Legend: B batch, T tokens, I inputs, O outputs, K experts, P programs
 that share a gradient; inside a kernel the letters are those of its tiles, S samples.
@@ -39,19 +40,17 @@ class Blocks:
 
 
 def _forward_blocks(n_tokens: int, dtype: torch.dtype) -> Blocks:
-    """Tiles of the forward kernel: by arithmetic and the compiler's register counts, not yet measured on a GPU.
+    """Tiles of the forward kernel: by arithmetic and the compiler's counts, not yet measured on a GPU.
 
-    At 8 warps the accumulators [S, T, O] hold up to 32768 floats, 128 of a thread's 255 registers; the merged tile
-    [S, O, I] takes 32 to 64 more and the operands of the product the rest. Shared memory holds x [S, T, I] and the
-    merged tile, at most 48 KiB. Merging a tile takes about as long as multiplying it by 128 tokens, so tokens come in
-    the blocks that waste least of both. float32 products run outside the tensor cores, their operands in registers.
+    At 8 warps the accumulators [S, T, O] take up to 128 of a thread's 255 registers, the merged tile [S, O, I] 32 to
+    64, operands the rest; shared memory holds x [S, T, I] and the task vectors [K, O, I], 64 to 83 KB for 8 experts.
+    Merging a tile takes about as long as multiplying it by 32 tokens, so tokens come in the blocks that waste least
+    of both. float32 products run outside the tensor cores, their operands in registers: smaller tiles.
     """
-    sizes = (16, 32, 64) if dtype == torch.float32 else (16, 32, 64, 128)
-    tokens = min(sizes, key=lambda size: (triton.cdiv(n_tokens, size) * (size + 128), size))
+    tokens = min((16, 32, 64), key=lambda size: (triton.cdiv(n_tokens, size) * (size + 32), size))
     if dtype == torch.float32:
         return Blocks(samples=min(8, 128 // tokens), tokens=tokens, outputs=32, inputs=16, warps=4)
-    samples = {16: 16, 32: 8, 64: 8, 128: 4}[tokens]
-    return Blocks(samples, tokens, outputs=32 if tokens == 128 else 64, inputs=16, warps=8)
+    return Blocks(samples=min(16, 512 // tokens), tokens=tokens, outputs=64, inputs=16, warps=8)
 
 
 def _weights_blocks(dtype: torch.dtype) -> Blocks:
@@ -74,16 +73,20 @@ def triton_forward(
     blocks = _forward_blocks(n_tokens, x_BTI.dtype)
     sample_blocks = triton.cdiv(n_samples, blocks.samples)
     n_programs = sample_blocks * triton.cdiv(n_tokens, blocks.tokens) * triton.cdiv(n_outputs, blocks.outputs)
-    # Whole blocks of samples side by side: a thread reads its samples' weights for one expert at once.
-    weights_KB = weights_BK.new_zeros(weights_BK.shape[1], sample_blocks * blocks.samples, dtype=torch.float32)
-    weights_KB[:, :n_samples] = weights_BK.T
+    # Whole blocks without edges; products need at least 16 summed elements, and operands of one dtype.
+    own = weights_BK.dtype if weights_BK.dtype == vectors_KOI.dtype else torch.float32
+    n_experts = max(16, triton.next_power_of_2(len(vectors_KOI)))
+    padded_BK = weights_BK.new_zeros(sample_blocks * blocks.samples, n_experts, dtype=own)
+    padded_BK[:n_samples, : len(vectors_KOI)] = weights_BK
     with torch.cuda.device_of(x_BTI):  # type: ignore[no-untyped-call]
         _forward[(n_programs,)](
-            *(x_BTI, weights_KB, base_OI, vectors_KOI, x_BTI if bias_BO is None else bias_BO, y_BTO),
+            *(x_BTI, padded_BK, base_OI, vectors_KOI, x_BTI if bias_BO is None else bias_BO, y_BTO),
             *(n_samples, n_tokens, n_inputs, n_outputs),
             *(*x_BTI.stride(), *base_OI.stride(), *vectors_KOI.stride()),
             *((0, 0) if bias_BO is None else bias_BO.stride()),
             HAS_BIAS=bias_BO is not None,
+            BY_ROWS=vectors_KOI.stride(2) <= vectors_KOI.stride(1),
+            N_K=n_experts,
             **_options(blocks, vectors_KOI),
         )
     return y_BTO
@@ -160,6 +163,8 @@ def _forward(
     bias_b,
     bias_o,
     HAS_BIAS: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+    N_K: tl.constexpr,
     N_EXPERTS: tl.constexpr,
     N_S: tl.constexpr,
     N_T: tl.constexpr,
@@ -176,24 +181,33 @@ def _forward(
     s_S11, t_1T1, o_11O = s_S.to(tl.int64)[:, None, None], t_T[None, :, None], o_O[None, None, :]
     rows_ST1 = (s_S11 < n_samples) & (t_1T1 < n_tokens)
     x_rows = x_at + s_S11 * x_b + t_1T1 * x_t
+    k_K = tl.arange(0, N_K)
+    weights_SK = tl.load(weights_at + s_S[:, None] * N_K + k_K[None, :])
+    # The elements of a tile in one row, [N_O, N_I] or, of transposed matrices, [N_I, N_O]: as they lie in memory.
+    n_N = tl.arange(0, N_O * N_I)
+    if BY_ROWS:
+        o_N, i_N = program // (sample_blocks * token_blocks) * N_O + n_N // N_I, n_N % N_I
+    else:
+        o_N, i_N = program // (sample_blocks * token_blocks) * N_O + n_N % N_O, n_N // N_O
+    vectors_KN = vectors_at + k_K.to(tl.int64)[:, None] * vectors_k + (o_N * vectors_o)[None, :]
     y_STO = tl.zeros((N_S, N_T, N_O), tl.float32)
     for first in range(0, n_inputs, N_I):
-        i_I = first + tl.arange(0, N_I)
-        inside_OI = (o_O < n_outputs)[:, None] & (i_I < n_inputs)[None, :]
-        base_OI = tl.load(base_at + o_O[:, None] * base_o + i_I[None, :] * base_i, mask=inside_OI, other=0.0)
-        merged_SOI = tl.broadcast_to(base_OI.to(tl.float32)[None], (N_S, N_O, N_I))
-        vector_at = vectors_at + o_O[:, None] * vectors_o + i_I[None, :] * vectors_i
-        weight_at = weights_at + s_S
-        for _ in tl.static_range(N_EXPERTS):
-            weight_S = tl.load(weight_at)
-            vector_OI = tl.load(vector_at, mask=inside_OI, other=0.0).to(tl.float32)
-            merged_SOI += weight_S[:, None, None] * vector_OI[None]
-            vector_at += vectors_k
-            weight_at += sample_blocks * N_S
-        i_11I = i_I[None, None, :]
+        inside_N = (o_N < n_outputs) & (first + i_N < n_inputs)
+        base_N = tl.load(base_at + o_N * base_o + (first + i_N) * base_i, mask=inside_N, other=0.0)
+        tile_KN = tl.load(
+            vectors_KN + ((first + i_N) * vectors_i)[None, :],
+            mask=(k_K < N_EXPERTS)[:, None] & inside_N[None, :],
+            other=0.0,
+        )
+        merged_SN = tl.dot(weights_SK, tile_KN.to(weights_SK.dtype), input_precision="ieee")
+        merged_SN += base_N.to(tl.float32)[None, :]
+        if BY_ROWS:
+            merged_SIO = tl.permute(tl.reshape(merged_SN, (N_S, N_O, N_I)), (0, 2, 1))
+        else:
+            merged_SIO = tl.reshape(merged_SN, (N_S, N_I, N_O))
+        i_11I = (first + tl.arange(0, N_I))[None, None, :]
         x_STI = tl.load(x_rows + i_11I * x_i, mask=rows_ST1 & (i_11I < n_inputs), other=0.0)
-        merged_SIO = tl.permute(merged_SOI.to(x_STI.dtype), (0, 2, 1))
-        y_STO = tl.dot(x_STI, merged_SIO, y_STO, input_precision=PRECISION)
+        y_STO = tl.dot(x_STI, merged_SIO.to(x_STI.dtype), y_STO, input_precision=PRECISION)
     columns_S1O = (s_S11 < n_samples) & (o_11O < n_outputs)
     if HAS_BIAS:
         y_STO += tl.load(bias_at + s_S11 * bias_b + o_11O * bias_o, mask=columns_S1O, other=0.0).to(tl.float32)

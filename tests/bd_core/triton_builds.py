@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from bd_core.merged import triton_kernel as kernel
 
-OPERANDS = {"x_at", "y_at", "dy_at", "base_at", "vectors_at", "bias_at"}
+OPERANDS = {"x_at", "y_at", "dy_at", "base_at", "vectors_at", "bias_at", "weights_at"}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -24,7 +24,14 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def build(program: Any, blocks: kernel.Blocks, dtype: torch.dtype, contiguous: str) -> Any:
     """The compiled program for 8 experts, with sizes and strides that 16 divides, as those of a tower are."""
     sizes = {"N_S": blocks.samples, "N_T": blocks.tokens, "N_O": blocks.outputs, "N_I": blocks.inputs}
-    constants = {"HAS_BIAS": True, "N_EXPERTS": 8, "PRECISION": "ieee", **sizes}
+    constants = {
+        "HAS_BIAS": True,
+        "BY_ROWS": contiguous == "i",
+        "N_EXPERTS": 8,
+        "N_K": 16,
+        "PRECISION": "ieee",
+        **sizes,
+    }
     constants |= dict.fromkeys(("x_i", "dy_o", "bias_o", f"base_{contiguous}", f"vectors_{contiguous}"), 1)
     signature = {}
     for name in program.arg_names:
