@@ -5,6 +5,7 @@ and no other class; a file that holds anything else is refused, whoever made it.
 """
 
 import json
+import logging
 import pickle
 import warnings
 import zipfile
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline import logs
 from pipeline.errors import ConfigError, DataError
-from pipeline.formats.clip_names import to_open_clip, visual_only
+from pipeline.formats.clip_names import VISUAL, to_open_clip, visual_only
 
 PROJECTION = "visual.proj"
 _HF_INDEX = "model.safetensors.index.json"
@@ -53,13 +55,31 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def read_expert(path: Path, base: Mapping[str, Tensor], *, header_only: bool = False) -> dict[str, Tensor]:
     """The image tower of an expert, names without `visual.`; `base` is the whole base model, or its header.
 
-    Text towers are left behind: experts differ in the image tower only. Hugging Face's CLIPVisionModel ends before the
-    projection, so an expert saved from it never changed it, and the base's is taken.
+    Text towers are left behind, with a warning where they differ from the base's: experts are merged in the image tower
+    only. Hugging Face's CLIPVisionModel ends before the projection, so an expert saved from it never changed it, and
+    the base's is taken.
     """
     expert = read_header(path) if header_only else read_checkpoint(path)
     if PROJECTION not in expert and PROJECTION in base:
         expert[PROJECTION] = base[PROJECTION]
-    return visual_only(expert)
+    tower = visual_only(expert)
+    if not header_only:
+        _warn_of_text(path, base, expert)
+    return tower
+
+
+def _warn_of_text(path: Path, base: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> None:
+    """Say that an expert was fine-tuned in more than its image tower."""
+    beside = [name for name in expert if name in base and not name.startswith(VISUAL)]
+    tuned = [name for name in beside if not torch.equal(expert[name], base[name].to(expert[name].dtype))]
+    if tuned:
+        logs.fact(
+            "the text tower of this expert differs from the base's and is not merged; its class heads are the base's",
+            level=logging.WARNING,
+            checkpoint=path,
+            tensors=len(tuned),
+            first=tuned[0],
+        )
 
 
 def declared_activation(path: Path) -> str | None:

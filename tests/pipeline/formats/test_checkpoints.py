@@ -78,6 +78,17 @@ def test_image_tower_alone_is_an_expert_and_so_is_a_full_model(tmp_path: Path) -
     assert compare_headers(visual, read_expert(tmp_path / "full.pt", state, header_only=True)) == []
 
 
+def test_a_fine_tuned_text_tower_is_left_behind_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = tiny_state()
+    torch.save(state, tmp_path / "same.pt")
+    tuned = next(name for name in state if not name.startswith("visual.") and state[name].is_floating_point())
+    torch.save(state | {tuned: state[tuned] + 1}, tmp_path / "tuned.pt")
+    read_expert(tmp_path / "same.pt", state)
+    assert caplog.records == []
+    read_expert(tmp_path / "tuned.pt", state)
+    assert "the text tower of this expert differs" in caplog.text and f"first={tuned}" in caplog.text
+
+
 class Payload:
     """What an attacker puts into a checkpoint."""
 
