@@ -43,11 +43,11 @@ def find_artefact(model: str, root: Path, run: str | None) -> Path:
     """
     if (Path(model) / "recipe.json").is_file():
         return Path(model)
-    if Path(model).is_dir() or "/" in model:
+    if "/" in model:
         state = "holds no recipe.json" if Path(model).is_dir() else "does not exist"
         raise ConfigError(f"{model} {state}: name a merged model of a run, or the directory of an exported one")
     if not root.is_dir():
-        raise ConfigError(f"model {model!r} is no directory, and store {root} does not exist; name one with --store")
+        raise ConfigError(f"{model!r} is no exported model's directory, and store {root} does not exist; set --store")
     store = Store(root)
     known = run_ids(store)
     if not known:

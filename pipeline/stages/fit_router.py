@@ -130,7 +130,8 @@ class FitRouter(FitStage):
                 context=context,
                 checkpoint_every=self.spec.checkpoint_every,
             )
-        report.notes = tell_fallback(merged, f"fit_router {unit.id}")
+        if 0 in context.ranks:  # of several workers, one tells it
+            report.notes = tell_fallback(merged, f"fit_router {unit.id}")
         report.metrics = {"final_loss": history[-1]["loss"], "anchors_with_pairs": float(loss.pairs.n_anchors)}
         write_safetensors(out_dir / "model.safetensors", router.state_dict())
         config = {
