@@ -39,18 +39,21 @@ class Blocks:
     warps: int
 
 
-def _forward_blocks(n_tokens: int, dtype: torch.dtype) -> Blocks:
+def _forward_blocks(n_tokens: int, n_padded: int, dtype: torch.dtype) -> Blocks:
     """Tiles of the forward kernel: by arithmetic and the compiler's counts, not yet measured on a GPU.
 
     At 8 warps the accumulators [S, T, O] take up to 128 of a thread's 255 registers, the merged tile [S, O, I] 32 to
     64, operands the rest; shared memory holds x [S, T, I] and the task vectors [K, O, I], 64 to 83 KB for 8 experts.
     Merging a tile takes about as long as multiplying it by 32 tokens, so tokens come in the blocks that waste least
-    of both. float32 products run outside the tensor cores, their operands in registers: smaller tiles.
+    of both. float32 products run outside the tensor cores, their operands in registers: smaller tiles. More experts
+    than the 16 that a product takes at once (`n_padded`) leave room for fewer outputs.
     """
     tokens = min((16, 32, 64), key=lambda size: (triton.cdiv(n_tokens, size) * (size + 32), size))
     if dtype == torch.float32:
-        return Blocks(samples=min(8, 128 // tokens), tokens=tokens, outputs=32, inputs=16, warps=4)
-    return Blocks(samples=min(16, 512 // tokens), tokens=tokens, outputs=64, inputs=16, warps=8)
+        return Blocks(
+            samples=min(8, 128 // tokens), tokens=tokens, outputs=max(16, 512 // n_padded), inputs=16, warps=4
+        )
+    return Blocks(samples=min(16, 512 // tokens), tokens=tokens, outputs=max(16, 1024 // n_padded), inputs=16, warps=8)
 
 
 def _weights_blocks(dtype: torch.dtype) -> Blocks:
@@ -70,13 +73,13 @@ def triton_forward(
     """y_b = x_b W_b^T + bias_b in the dtype of x."""
     (n_samples, n_tokens, n_inputs), n_outputs = x_BTI.shape, len(base_OI)
     y_BTO = x_BTI.new_empty(n_samples, n_tokens, n_outputs)
-    blocks = _forward_blocks(n_tokens, x_BTI.dtype)
+    n_padded = max(16, triton.next_power_of_2(len(vectors_KOI)))  # a product sums 16 elements at least
+    blocks = _forward_blocks(n_tokens, n_padded, x_BTI.dtype)
     sample_blocks = triton.cdiv(n_samples, blocks.samples)
     n_programs = sample_blocks * triton.cdiv(n_tokens, blocks.tokens) * triton.cdiv(n_outputs, blocks.outputs)
-    # Whole blocks without edges; products need at least 16 summed elements, and operands of one dtype.
+    # Whole blocks without edges, in the dtype of the vectors they are multiplied by.
     own = weights_BK.dtype if weights_BK.dtype == vectors_KOI.dtype else torch.float32
-    n_experts = max(16, triton.next_power_of_2(len(vectors_KOI)))
-    padded_BK = weights_BK.new_zeros(sample_blocks * blocks.samples, n_experts, dtype=own)
+    padded_BK = weights_BK.new_zeros(sample_blocks * blocks.samples, n_padded, dtype=own)
     padded_BK[:n_samples, : len(vectors_KOI)] = weights_BK
     with torch.cuda.device_of(x_BTI):  # type: ignore[no-untyped-call]
         _forward[(n_programs,)](
@@ -86,7 +89,7 @@ def triton_forward(
             *((0, 0) if bias_BO is None else bias_BO.stride()),
             HAS_BIAS=bias_BO is not None,
             BY_ROWS=vectors_KOI.stride(2) <= vectors_KOI.stride(1),
-            N_K=n_experts,
+            N_K=n_padded,
             **_options(blocks, vectors_KOI),
         )
     return y_BTO

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd_core.merged.gpu import triton_fits
+from bd_core.merged.gpu import SHARED_BYTES, triton_fits
 
 pytest.importorskip("triton", reason="Triton is not installed: exact merging runs through torch")
 
 HERE = Path(__file__).parent
 CASES = re.findall(r"^def (\w+)\(\) -> None:$", (HERE / "triton_cases.py").read_text(), re.MULTILINE)
 CASES.remove("interpret")
-MAX_SHARED_BYTES = 227 << 10  # of a Hopper multiprocessor
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
@@ -66,7 +65,7 @@ def test_it_compiles_for_a_hopper_gpu_into_registers_and_shared_memory(tmp_path:
     assert len(lines) == 7
     for line in lines:
         spilled_bytes, shared_bytes = map(int, line.rpartition(":")[2].split())
-        assert spilled_bytes <= 16 and shared_bytes <= MAX_SHARED_BYTES, line
+        assert spilled_bytes <= 16 and shared_bytes <= SHARED_BYTES, line
 
 
 def test_what_is_on_the_cpu_goes_elsewhere() -> None:

@@ -21,17 +21,11 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def build(program: Any, blocks: kernel.Blocks, dtype: torch.dtype, contiguous: str) -> Any:
-    """The compiled program for 8 experts, with sizes and strides that 16 divides, as those of a tower are."""
+def build(program: Any, blocks: kernel.Blocks, dtype: torch.dtype, contiguous: str, n_experts: int) -> Any:
+    """The compiled program, for sizes and strides that 16 divides, as those of a tower are."""
     sizes = {"N_S": blocks.samples, "N_T": blocks.tokens, "N_O": blocks.outputs, "N_I": blocks.inputs}
-    constants = {
-        "HAS_BIAS": True,
-        "BY_ROWS": contiguous == "i",
-        "N_EXPERTS": 8,
-        "N_K": 16,
-        "PRECISION": "ieee",
-        **sizes,
-    }
+    constants = {"HAS_BIAS": True, "BY_ROWS": contiguous == "i", "PRECISION": "ieee", **sizes}
+    constants |= {"N_EXPERTS": n_experts, "N_K": max(16, n_experts)}
     constants |= dict.fromkeys(("x_i", "dy_o", "bias_o", f"base_{contiguous}", f"vectors_{contiguous}"), 1)
     signature = {}
     for name in program.arg_names:
@@ -57,17 +51,26 @@ def stack_bytes(binary: bytes) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
 
 
-def report(program: Any, blocks: kernel.Blocks, dtype: torch.dtype, contiguous: str = "i") -> None:
-    """One line; `contiguous` is the side of the matrices whose elements lie together."""
-    built = build(program, blocks, dtype, contiguous)
-    name = f"{program.__name__} {NAMES[dtype]} {blocks.tokens} {contiguous}"
+def forward(n_tokens: int, dtype: torch.dtype, contiguous: str = "i", n_experts: int = 8) -> None:
+    """`contiguous` is the side of the matrices whose elements lie together: "o" in the product for dx."""
+    blocks = kernel._forward_blocks(n_tokens, max(16, n_experts), dtype)
+    report(f"forward {dtype} {n_tokens} tokens", build(kernel._forward, blocks, dtype, contiguous, n_experts))
+
+
+def backward(dtype: torch.dtype) -> None:
+    blocks = kernel._weights_blocks(dtype)
+    report(f"backward {dtype}", build(kernel._backward_weights, blocks, dtype, "i", 8))
+
+
+def report(name: str, built: Any) -> None:
     sys.stdout.write(f"{name}: {stack_bytes(built.asm['cubin'])} {built.metadata.shared}\n")
 
 
 if __name__ == "__main__":
-    for n_tokens in (16, 50, 257):
-        report(kernel._forward, kernel._forward_blocks(n_tokens, torch.bfloat16), torch.bfloat16)
-    report(kernel._forward, kernel._forward_blocks(50, torch.bfloat16), torch.bfloat16, "o")  # for dx
-    report(kernel._forward, kernel._forward_blocks(50, torch.float32), torch.float32)
-    for dtype in (torch.bfloat16, torch.float32):
-        report(kernel._backward_weights, kernel._weights_blocks(dtype), dtype)
+    for n_tokens in (16, 50):
+        forward(n_tokens, torch.bfloat16)
+    forward(50, torch.bfloat16, contiguous="o")
+    forward(50, torch.bfloat16, n_experts=64)
+    forward(50, torch.float32)
+    backward(torch.bfloat16)
+    backward(torch.float32)
