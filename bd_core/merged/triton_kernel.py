@@ -106,8 +106,8 @@ def triton_backward(
 ) -> tuple[Float[Tensor, "B T I"] | None, Float[Tensor, "B K"] | None]:
     """dx_b = dy_b W_b and dw_bk = <dy_b^T x_b, tau_k>, each if needed; dx is the forward kernel, matrices transposed.
 
-    Beyond the results, dw needs one float for every (tile of 64 x 64 parameters, sample, expert): 1 / 128 of the bytes
-    that bfloat16 task vectors take, times half the batch.
+    Beyond the results, dw needs one float for every (tile of 64 x 64 parameters, sample, expert): B / 2048 of the bytes
+    of the layer's task vectors in bfloat16.
     """
     dx_BTI = triton_forward(dy_BTO, weights_BK, base_OI.mT, vectors_KOI.mT, None) if needs_x else None
     return dx_BTI, _weights_gradient(x_BTI, weights_BK, vectors_KOI, dy_BTO) if needs_weights else None
