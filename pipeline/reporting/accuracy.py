@@ -32,7 +32,7 @@ def _protocol_table(results: Results, protocol: str, numbers: Numbers) -> Html:
     winners = {level: best_of(results.contenders, protocol, level) for level in columns}
     rows = []
     for model in shown:
-        cells: list[object] = [_method_cell(model)]
+        cells: list[object] = [_method_cell(model, protocol)]
         for level in columns:
             accuracy = model.corrupted(protocol) if level is None else model.mean(protocol, level)
             numbers.add(f"table.{protocol}.{model.name}.{level or 'corrupted'}.accuracy", accuracy, model.reference)
@@ -48,7 +48,8 @@ def _protocol_table(results: Results, protocol: str, numbers: Numbers) -> Html:
     return join([title, table(header, rows, class_="results"), tag("p", explain, class_="small")])
 
 
-def _method_cell(model: ModelResult, remarks: bool = True) -> Html:
+def _method_cell(model: ModelResult, protocol: str | None = None) -> Html:
+    """The method's name; with a protocol, also what it costs and what was lost by compression under that protocol."""
     remark = FOOTNOTES.get(model.name)
     cost = model.cost.get("extra_parameters")
     # Thin enough for a laptop: what a method costs stands below its name, not in a column of its own.
@@ -62,10 +63,10 @@ def _method_cell(model: ModelResult, remarks: bool = True) -> Html:
         under.append(
             f"task vectors compressed, relative error {percent(mean)} % on average, {percent(error)} % at most"
         )
-    if (lost := model.against_dense.get("task_known", {}).get(CLEAN)) is not None:
+    if (lost := model.against_dense.get(protocol or "", {}).get(CLEAN)) is not None:
         under.append(f"{signed(lost)} points on clean images against whole task vectors")
     kind = "reference" if model.is_reference else "ours" if model.ours else "baseline"
-    extra = tag("span", "; ".join(under), class_="under") if under and remarks else ""
+    extra = tag("span", "; ".join(under), class_="under") if under and protocol else ""
     return tag("th", model.title, extra, scope="row", class_=kind)
 
 
@@ -108,7 +109,7 @@ def _task_table(results: Results, protocol: str, level: str | None, numbers: Num
     }
     rows = []
     for model in shown:
-        cells: list[object] = [_method_cell(model, remarks=False)]
+        cells: list[object] = [_method_cell(model)]
         for task in results.tasks:
             for at in levels:
                 accuracy = value(model, task, at)
