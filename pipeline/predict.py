@@ -102,7 +102,7 @@ class Caller:
         """
         try:
             return cls._open(directory, task, mode, max_distance)
-        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(f"{directory}: not a complete exported model ({reason}); export or copy it again") from None
 

@@ -123,6 +123,7 @@ def test_shared_copies_are_near_the_exact_ones_and_tell_how_near(forms: "Forms",
         (["bd_layer", "IMAGE", "--store", "STORE", "--output", "gone/x.jsonl"], "gone does not exist"),
         (["bd_task_static", "IMAGE", "--store", "STORE", "--run", "RUN", "--mode", "exact"], "leave --mode out"),
         (["BROKEN", "IMAGE"], "not a complete exported model"),
+        (["OTHER", "IMAGE"], "not a complete exported model"),
     ],
 )
 def test_mistakes_are_told_with_the_next_step(
@@ -132,8 +133,18 @@ def test_mistakes_are_told_with_the_next_step(
     (tmp_path / "empty").mkdir()
     broken = shutil.copytree(forms.artefact("whole", "export", "bd_layer").path, tmp_path / "broken")
     (broken / "base.safetensors").write_bytes(b"cut")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "recipe.json").write_text("[]")
+    (tmp_path / "other" / "classes.json").write_text("{}")
     image = next(iter(forms.clean("whole", "bd_layer", "low")))
-    known = {"IMAGE": image, "STORE": forms.store, "EMPTY": "empty", "BROKEN": "broken", "RUN": forms.runs["low_rank"]}
+    known = {
+        "IMAGE": image,
+        "STORE": forms.store,
+        "EMPTY": "empty",
+        "BROKEN": "broken",
+        "OTHER": "other",
+        "RUN": forms.runs["low_rank"],
+    }
 
     def put(text: str) -> str:
         for name, value in known.items():
