@@ -58,12 +58,12 @@ class MergedConv2d(WeightAndBias):
 
     def _tiled(self, x: Tensor) -> Tensor:
         weight, device = self.merged_weight, x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        operands = (x, weight.weights, weight.base, weight.vectors)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        with torch.autocast(device, enabled=False):  # kernels are merged in their own dtype and rounded after
-            y: Tensor = _TiledConv2d.apply(*operands, *geometry)  # type: ignore[no-untyped-call]
+        if torch.is_autocast_enabled(device):  # kernels are merged in their own dtype and rounded after
+            with torch.autocast(device, enabled=False):
+                return self._tiled(x.to(torch.get_autocast_dtype(device)))
+        y: Tensor = _TiledConv2d.apply(  # type: ignore[no-untyped-call]
+            x, weight.weights, weight.base, weight.vectors, self.stride, self.padding, self.dilation, self.groups
+        )
         return y
 
     def _factors(self, x: Tensor, weight: MergedTensor) -> Tensor:

@@ -42,8 +42,10 @@ class MergedTensor(nn.Module):
 
     def forward(self) -> Float[Tensor, "B ..."]:
         """theta_0 + sum_k w_bk tau_k, one copy a sample: for parameters no larger than an activation."""
-        with torch.autocast(self.base.device.type, enabled=False):  # a parameter is not rounded before it is used
-            flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
+        if torch.is_autocast_enabled(self.base.device.type):  # a parameter is not rounded before it is used
+            with torch.autocast(self.base.device.type, enabled=False):
+                return self.forward()
+        flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
         return flat.reshape(-1, *self.base.shape)
 
     def of_sample(self, weights_K: Float[Tensor, " K"]) -> Float[Tensor, ...]:
