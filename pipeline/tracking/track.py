@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PROBE_TIMEOUT_S = 3.0
+SQLITE = b"SQLite format 3\0"  # how such a file begins, an empty one aside
 METRICS_A_BATCH, PARAMS_A_BATCH = 1000, 100  # MLflow's limits
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -176,6 +177,13 @@ def _probe(uri: str) -> None:
         database.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(database if database.exists() else database.parent, os.W_OK):
             raise PermissionError(f"{database} cannot be written")
+        if database.exists() and _first_bytes(database) not in (SQLITE, b""):
+            raise OSError(f"{database} is no sqlite database; move it away")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(SQLITE))
 
 
 def _sqlite_path(uri: str) -> Path | None:

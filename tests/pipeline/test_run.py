@@ -212,3 +212,32 @@ def test_a_checkpoint_cut_short_stops_the_command_and_its_repair_costs_its_impor
     began = clock()
     assert bd_merge("run", finished_copy.config, output=tmp_path / "output").exit_code == 0
     assert made_since(finished_copy.store, began) == {"experts/high"}
+
+
+def test_a_run_is_tracked_when_it_has_ended_and_a_second_one_leaves_it_alone(tiny_project: Tiny, store: Store) -> None:
+    record = run(tracked_workflow(tiny_project), RESUME)
+    assert record.tracked is not None and str(store.root / "mlflow.db") in record.tracked
+    before = snapshot(store.root)
+    assert run(tracked_workflow(tiny_project), RESUME) == record
+    assert snapshot(store.root) == before
+
+
+@pytest.mark.parametrize("blocked", ["directory", "other file"])
+def test_a_tracker_that_is_down_costs_a_warning_and_not_the_run(
+    tiny_project: Tiny, store: Store, caplog: pytest.LogCaptureFixture, blocked: str
+) -> None:
+    database = store.root / "mlflow.db"
+    if blocked == "directory":
+        database.mkdir(parents=True)
+    else:
+        database.parent.mkdir(parents=True)
+        database.write_text("not what MLflow takes")
+    record = run(tracked_workflow(tiny_project), RESUME)
+    assert record.tracked is None and record.finished is not None and total_of(record, store) == 14
+    assert "tracking failed, the run itself is complete and stored" in caplog.text
+
+
+def tracked_workflow(tiny: Tiny) -> Workflow:
+    workflow = own_workflow(tiny)
+    workflow.tracks = True
+    return workflow
