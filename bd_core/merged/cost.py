@@ -27,7 +27,7 @@ class Costs:
     stacked: float
 
 
-CPU = Costs(form=0.045, multiply=0.025, stacked=0.02)
+CPU = Costs(form=0.053, multiply=0.030, stacked=0.030)  # two cores, AVX2
 # Not measured: from the H200's data sheet, bf16 products on tensor cores (990 TFLOP/s), other arithmetic at 67 TFLOP/s.
 CUDA = Costs(form=3e-5, multiply=2e-6, stacked=2e-6)
 
