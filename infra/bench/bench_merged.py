@@ -112,9 +112,11 @@ def main() -> None:
         print("\n".join(lines[-len(GPU_ROWS) :]))
     if options.save:
         command = f"python -m infra.bench.bench_merged {'--full' if options.full else '--quick'} --save"
+        command += f" --only '{options.only}'" if options.only else ""
         date = datetime.now(UTC).strftime("%Y%m%d")
+        slug = "".join(f"{word}_" for word in options.only.lower().split())
         text = "\n".join(["# Price of the per-sample merged model", "", f"`{command}`", "", *lines, ""])
-        (RESULTS / f"merged_cpu_{date}.md").write_text(text, encoding="utf-8")
+        (RESULTS / f"merged_cpu_{slug}{date}.md").write_text(text, encoding="utf-8")
 
 
 class Bench:
