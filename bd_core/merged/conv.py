@@ -145,8 +145,8 @@ class _TiledConv2d(torch.autograd.Function):
             if dx is not None:
                 dx[samples] += dx_tile.view(n_samples, *x.shape[1:])
             if dweights_BK is not None:
-                dkernel = dkernel.reshape(n_samples, -1).to(vectors.dtype)
-                dweights_BK[samples].addmm_(dkernel, vectors[:, rows].flatten(1).T)
+                dkernel = dkernel.reshape(n_samples, -1).to(weights_BK.dtype)
+                dweights_BK[samples].addmm_(dkernel, vectors[:, rows].flatten(1).T.to(weights_BK.dtype))
         return dx, dweights_BK, None, None, None, None, None, None
 
 

@@ -37,7 +37,8 @@ def merged_linear(
     `budget_bytes` holds. Nothing of size batch x parameters is kept for backward, which forms the tiles anew.
     Under autocast x is cast as for any product, while tiles are merged in the parameters' dtype and rounded after.
     """
-    if stacked_is_cheaper(x_BTI.shape[1], len(vectors_KOI), CUDA if x_BTI.is_cuda else CPU):
+    costs = CUDA if x_BTI.is_cuda else CPU
+    if vectors_KOI.dtype == base_OI.dtype and stacked_is_cheaper(x_BTI.shape[1], len(vectors_KOI), costs):
         a_sample = x_BTI.shape[1] * vectors_KOI.shape[0] * vectors_KOI.shape[1] * x_BTI.element_size()
         if a_sample <= budget_bytes:
             return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, max(1, budget_bytes // max(1, a_sample)))
@@ -142,8 +143,8 @@ def _backward(
             tile_SRI = form_tile(weights_BK[samples], base_OI[rows], vectors_KOI[:, rows])
             dx_BTI[samples].baddbmm_(dy_STR, tile_SRI.to(x_BTI.dtype))
         if dweights_BK is not None:
-            dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples]).to(vectors_KOI.dtype)
-            dweights_BK[samples].addmm_(dtile_SRI.flatten(1), vectors_KOI[:, rows].flatten(1).T)
+            dtile_SRI = torch.bmm(dy_STR.mT, x_BTI[samples]).to(weights_BK.dtype)
+            dweights_BK[samples].addmm_(dtile_SRI.flatten(1), vectors_KOI[:, rows].flatten(1).T.to(weights_BK.dtype))
     return dx_BTI, dweights_BK
 
 

@@ -61,12 +61,15 @@ class MergedModel(nn.Module):
         mode: Literal["exact", "low_rank", "grouped"] | None = None,
         max_distance: float = 0.05,
         budget_bytes: int = BUDGET_BYTES,
+        vectors_dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> None:
         """`groups` maps every merged name to its layer group (default: one group).
 
         `max_distance` of mode "grouped" is the largest sum_k |w_bk - w_ck| over layer groups. `budget_bytes` bounds
         what a linear layer needs beyond its input, its parameters and its output, whatever the batch.
+        `vectors_dtype` is the dtype in which dense task vectors of matrices and kernels are held (default: the base's):
+        bfloat16 halves their memory, rounds them once, and costs time on the CPU, whose kernel takes float32 only.
         Raises ValueError naming the parameter if model, base and experts do not fit.
         """
         super().__init__()
@@ -79,6 +82,8 @@ class MergedModel(nn.Module):
             raise ValueError("mode 'low_rank' needs compressed task vectors: give svd_compress(vectors, rank=...)")
         if self.mode != "low_rank" and isinstance(vectors, CompressedVectors):
             vectors = vectors.expanded()
+        if vectors_dtype is not None and not vectors_dtype.is_floating_point:
+            raise ValueError(f"vectors_dtype is {vectors_dtype}, needs a floating-point dtype such as torch.bfloat16")
         if budget_bytes < 1:
             raise ValueError(f"budget_bytes is {budget_bytes}, needs at least 1; the default is {BUDGET_BYTES}")
         check_fit(model, base, vectors)
@@ -87,7 +92,9 @@ class MergedModel(nn.Module):
         self.n_groups = count_groups(index, names, groups)
         self.max_distance = max_distance
         self.routing = Routing(budget_bytes)
-        tensors = {name: _merged_tensor(name, base[name], vectors, index[name], self.routing) for name in names}
+        tensors = {
+            name: _merged_tensor(name, base[name], vectors, index[name], self.routing, vectors_dtype) for name in names
+        }
         self.n_experts = vectors.n_experts
         constants = {name: tensor.detach() for name, tensor in base.items() if name not in tensors}
         self.reference = VmapModule(skeleton(model), tensors, constants)
@@ -141,7 +148,10 @@ class MergedModel(nn.Module):
     def weight_error_bound(self) -> dict[str, float]:
         """Mode "grouped": how far each parameter of a shared copy can lie from a sample's own, in Frobenius norm."""
         tensors = self.reference.merged()
-        return {name: self.max_distance * float(t.vectors.flatten(1).norm(dim=1).max()) for name, t in tensors.items()}
+        return {
+            name: self.max_distance * float(t.vectors.flatten(1).float().norm(dim=1).max())
+            for name, t in tensors.items()
+        }
 
     def _run_grouped(self, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> Any:
         copies = shared_copies(weights_BGK, self.max_distance)
@@ -221,12 +231,18 @@ class MergedModel(nn.Module):
 
 
 def _merged_tensor(
-    name: str, base: Tensor, vectors: TaskVectors | CompressedVectors, group: int, routing: Routing
+    name: str,
+    base: Tensor,
+    vectors: TaskVectors | CompressedVectors,
+    group: int,
+    routing: Routing,
+    dtype: torch.dtype | None,
 ) -> MergedTensor:
     base = base.detach()
+    own = base.dtype if dtype is None or base.ndim < 2 else dtype
     if isinstance(vectors, TaskVectors):
-        return MergedTensor(name, base, vectors.vectors[name].to(base), group, routing)
+        return MergedTensor(name, base, vectors.vectors[name].to(base.device, own), group, routing)
     if name in vectors.dense:
-        return MergedTensor(name, base, vectors.dense[name].to(base), group, routing)
+        return MergedTensor(name, base, vectors.dense[name].to(base.device, own), group, routing)
     left_KOR, right_KRI = vectors.factors[name]
     return LowRankTensor(name, base, left_KOR.to(base), right_KRI.to(base), group, routing)

@@ -21,6 +21,8 @@ ALL = slice(None)
 class MergedTensor(nn.Module):
     """One parameter of the model, base and task vectors; called, it gives the parameter of every sample.
 
+    Task vectors may be held in a smaller dtype than the base: they are widened tile by tile.
+
     The buffers are not persistent: a state dict of something that holds a merged model must not hold its experts.
     """
 
@@ -45,12 +47,14 @@ class MergedTensor(nn.Module):
         if torch.is_autocast_enabled(self.base.device.type):  # a parameter is not rounded before it is used
             with torch.autocast(self.base.device.type, enabled=False):
                 return self.forward()
-        flat = self.base.reshape(1, -1).addmm(self.weights, self.vectors.reshape(len(self.vectors), -1))
+        flat = self.base.reshape(1, -1).addmm(
+            self.weights, self.vectors.reshape(len(self.vectors), -1).to(self.base.dtype)
+        )
         return flat.reshape(-1, *self.base.shape)
 
     def of_sample(self, weights_K: Float[Tensor, " K"]) -> Float[Tensor, ...]:
         """theta_0 + sum_k w_k tau_k for one sample's weights."""
-        vectors = self.vectors  # factors are expanded at each access
+        vectors = self.vectors.to(self.base.dtype)  # factors are expanded at each access
         step: Tensor = torch.tensordot(weights_K.to(vectors.dtype), vectors, dims=1)
         return self.base + step
 
@@ -60,7 +64,7 @@ class MergedTensor(nn.Module):
         """x_b W_b^T + bias_b, with those rows of the parameter (kernels flattened to a matrix)."""
         base_OI, vectors_KOI = self.base.flatten(1)[rows], self.vectors.flatten(2)[:, rows]
         at_once = self.routing.budget_bytes // max(1, base_OI.numel() * base_OI.element_size())
-        if self.routing.copies and at_once:
+        if self.routing.copies and at_once and vectors_KOI.dtype == base_OI.dtype:
             return _linear_of_copies(x_BTI, self.weights, self.routing.copies, base_OI, vectors_KOI, bias_BO, at_once)
         return merged_linear(x_BTI, self.weights, base_OI, vectors_KOI, bias_BO, self.routing.budget_bytes)
 

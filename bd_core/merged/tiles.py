@@ -30,6 +30,6 @@ def tiles(n_samples: int, n_rows: int, row_bytes: int) -> Iterator[tuple[slice, 
 def form_tile(
     weights_SK: Float[Tensor, "S K"], base_RI: Float[Tensor, "R ..."], vectors_KRI: Float[Tensor, "K R ..."]
 ) -> Float[Tensor, "S R ..."]:
-    """Merged rows of the samples: one matrix product of weights by flattened task-vector rows."""
-    flat = torch.addmm(base_RI.reshape(1, -1), weights_SK, vectors_KRI.flatten(1))
+    """Merged rows of the samples: one matrix product of weights by flattened task-vector rows, in the base's dtype."""
+    flat = torch.addmm(base_RI.reshape(1, -1), weights_SK, vectors_KRI.flatten(1).to(base_RI.dtype))
     return flat.view(len(weights_SK), *base_RI.shape)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from merged_cases import experts_of
+from merged_cases import Case, conv_net, experts_of, mlp, odd, open_clip_vit, token_mlp
 from torch import Tensor, nn
 
 from bd_core.merged import MergedModel, exact
 from bd_core.merged.cost import CPU, CUDA, Costs, stacked_is_cheaper
 from bd_core.merged.exact import merged_linear
+from bd_core.task_vectors import TaskVectors, task_vectors
 
 
 def definition(x: Tensor, w: Tensor, base: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
@@ -86,3 +87,34 @@ def test_a_budget_of_nothing_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="budget_bytes is 0, needs at least 1"):
         MergedModel(model, *experts_of(model, 2), budget_bytes=0)
+
+
+@pytest.mark.parametrize("case", [mlp, token_mlp, conv_net, open_clip_vit, odd], ids=lambda case: case.__name__)
+def test_task_vectors_held_in_bfloat16_are_those_rounded_once(case: Case) -> None:
+    torch.manual_seed(0)
+    model, inputs = case()
+    base, experts = experts_of(model, 3)
+    held = MergedModel(model, base, experts, vectors_dtype=torch.bfloat16)
+    rounded = task_vectors(base, experts)
+    rounded = TaskVectors(
+        {name: v.bfloat16().to(v.dtype) if v.ndim > 2 else v for name, v in rounded.vectors.items()}, rounded.constants
+    )
+    exact_ = MergedModel(model, base, rounded)
+    found = []
+    for merged in (held, exact_):
+        weights = torch.softmax(torch.linspace(0, 1, 3 * len(inputs)).view(-1, 3), -1).requires_grad_()
+        y = merged(inputs, weights=weights)
+        found.append((y, *torch.autograd.grad(y.square().sum(), weights)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+    sizes = [
+        sum(b.numel() * b.element_size() for name, b in m.named_buffers() if name.endswith("vectors"))
+        for m in (held, exact_)
+    ]
+    assert sizes[0] < 0.8 * sizes[1]  # biases are a large part of models this small
+
+
+def test_task_vectors_in_whole_numbers_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"vectors_dtype is torch\.int8, needs a floating-point dtype"):
+        MergedModel(model, *experts_of(model, 2), vectors_dtype=torch.int8)
