@@ -69,7 +69,8 @@ def main() -> None:
     lines += ["", f"Target: at least {TARGET:g} times faster at equal output."]
     if options.save:
         name = f"merged_fusionbench_{datetime.now(UTC):%Y%m%d}.md"
-        head = ["# Per-sample merging beside FusionBench", "", "`python -m infra.bench.bench_fusionbench --save`", ""]
+        command = f"python -m infra.bench.bench_fusionbench --rounds {options.rounds} --save"
+        head = ["# Per-sample merging beside FusionBench", "", f"`{command}`", ""]
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / name).write_text("\n".join([*head, *lines, ""]), encoding="utf-8")
 
