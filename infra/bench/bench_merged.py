@@ -74,7 +74,13 @@ FULL = (
     Row("ViT-B-32", 16, "step", ("exact", "low rank 16"), 8, 7),
     Row("ViT-B-32", 128, "step", ("exact", "low rank 16"), 8, 3),
 )
-GPU_ROWS = ("H200, bf16, ViT-B/32, batch 256: exact, low rank 16", "H200, bf16, ViT-L/14, batch 64: exact")
+# bfloat16, on the first CUDA device.
+GPU = (
+    Row("ViT-B-32", 256, "forward", ("exact", "low rank 16"), 8, 25),
+    Row("ViT-B-32", 256, "step", ("exact", "low rank 16"), 8, 25),
+    Row("ViT-L-14", 64, "forward", ("exact",), 8, 25),
+)
+GPU_TARGETS = {("ViT-B-32", "exact"): 2.0, ("ViT-B-32", "low rank 16"): 1.45, ("ViT-L-14", "exact"): 1.5}
 
 
 def main() -> None:
@@ -82,16 +88,18 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true")
     size.add_argument("--full", action="store_true")
+    size.add_argument("--gpu", action="store_true", help="the rows of a CUDA device, in bfloat16")
     parser.add_argument("--save", action="store_true", help="write the table to infra/bench/results")
     parser.add_argument("--only", default="", help="rows whose description holds this text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [row for row in (FULL if options.full else QUICK) if options.only in f"{row.tower} {row.batch} {row.what}"]
-    head = (
-        f"torch {torch.__version__}, {options.threads} threads, {platform.processor() or platform.machine()}, "
-        f"kernel: {kernel_name()}; memory: peak beyond base and task vectors, beside that of the plain pass"
-    )
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: no CUDA device answers; leave it out")
+    device = torch.device("cuda" if options.gpu else "cpu")
+    chosen = GPU if options.gpu else FULL if options.full else QUICK
+    rows = [row for row in chosen if options.only in f"{row.tower} {row.batch} {row.what}"]
+    head = f"torch {torch.__version__}, {_machine(device, options.threads)}; memory: peak beyond base and task vectors, beside that of the plain pass"
     lines = [
         head,
         "",
@@ -103,32 +111,33 @@ def main() -> None:
     for row in rows:
         if (row.tower, row.n_experts) not in towers:
             towers.clear()  # one tower's task vectors at a time
-            towers[row.tower, row.n_experts] = Bench(row.tower, row.n_experts)
+            towers[row.tower, row.n_experts] = Bench(row.tower, row.n_experts, device)
         for line in towers[row.tower, row.n_experts].measure(row):
             lines.append(line)
             print(line, flush=True)
-    if not torch.cuda.is_available():
-        lines += [f"| {row} | | | | | not yet measured | | | | |" for row in GPU_ROWS]
-        print("\n".join(lines[-len(GPU_ROWS) :]))
+    if not options.gpu:
+        lines += ["", "Rows of a GPU: `python -m infra.bench.bench_merged --gpu`, not yet measured."]
     if options.save:
-        command = f"python -m infra.bench.bench_merged {'--full' if options.full else '--quick'} --save"
+        kind = "--gpu" if options.gpu else "--full" if options.full else "--quick"
+        command = f"python -m infra.bench.bench_merged {kind} --save"
         command += f" --only '{options.only}'" if options.only else ""
         date = datetime.now(UTC).strftime("%Y%m%d")
         slug = "".join(f"{word}_" for word in options.only.lower().split())
         text = "\n".join(["# Price of the per-sample merged model", "", f"`{command}`", "", *lines, ""])
-        (RESULTS / f"merged_cpu_{slug}{date}.md").write_text(text, encoding="utf-8")
+        (RESULTS / f"merged_{device.type}_{slug}{date}.md").write_text(text, encoding="utf-8")
 
 
 class Bench:
     """A tower with random weights, its task vectors, and its merged forms."""
 
-    def __init__(self, tower: str, n_experts: int) -> None:
+    def __init__(self, tower: str, n_experts: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.tower = vision_tower(tower).eval().requires_grad_(False)
+        self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.tower = vision_tower(tower).eval().requires_grad_(False).to(self.device, self.dtype)
         self.image_size: tuple[int, int] = tuple(self.tower.image_size)  # type: ignore[arg-type]
         self.base = dict(self.tower.state_dict())
         self.vectors = TaskVectors(
-            {name: 0.01 * torch.randn(n_experts, *tensor.shape) for name, tensor in self.base.items()}
+            {name: 0.01 * self._randn(n_experts, *tensor.shape) for name, tensor in self.base.items()}
         )
         self.n_experts = n_experts
         self.groups = layer_groups(self.base)
@@ -151,24 +160,29 @@ class Bench:
 
     def measure(self, row: Row) -> list[str]:
         """One line a form."""
-        images = torch.randn(row.batch, 3, *self.image_size)
-        weights = torch.softmax(torch.randn(row.batch, self.groups.n_groups, self.n_experts), -1)
+        images = self._randn(row.batch, 3, *self.image_size)
+        weights = torch.softmax(self._randn(row.batch, self.groups.n_groups, self.n_experts), -1)
         passes: dict[str, Callable[[], object]] = {"plain": self._plain(images, row.what)}
         for name in row.forms:
             own = weights[torch.arange(row.batch) % 4] if name.startswith("grouped") else weights
             passes[name] = self._merged(self.form(name), images, own, row.what)
-        memory = {name: peak_bytes(run) for name, run in passes.items()}  # warms up, too
+        peak = peak_cuda_bytes if self.device.type == "cuda" else peak_bytes
+        memory = {name: peak(run) for name, run in passes.items()}  # warms up, too
         seconds: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(row.rounds):
             for name, run in passes.items():
                 start = time.perf_counter()
                 run()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
         lines = []
         for name in row.forms:
             ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["plain"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             target = TARGETS.get((row.what, name)) if row.tower == "ViT-B-32" else None
+            if self.device.type == "cuda":
+                target = GPU_TARGETS.get((row.tower, name)) if row.what == "forward" else None
             lines.append(
                 f"| {row.tower} | {row.batch} | {row.n_experts} | {row.what} | {name} | {middle:.2f} | "
                 f"{low:.2f}–{high:.2f} | {self.floor(row, name):.2f} | {target or ''} | "
@@ -177,6 +191,9 @@ class Bench:
         plain = statistics.median(seconds["plain"])
         lines.append(f"| {row.tower} | {row.batch} | | {row.what} | plain | 1 ({1e3 * plain:.0f} ms) | | | | |")
         return lines
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def _plain(self, images: Tensor, what: str) -> Callable[[], object]:
         if what == "forward":
@@ -192,7 +209,7 @@ class Bench:
 
     def floor(self, row: Row, form: str) -> float:
         """FLOPs of a form over those of the plain pass; attention products count on both sides."""
-        images = torch.randn(1, 3, *self.image_size)
+        images = self._randn(1, 3, *self.image_size)
         counter = FlopCounterMode(display=False)
         torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into the fused layer
         with counter, torch.no_grad():
@@ -237,8 +254,8 @@ def random_cut(vectors: TaskVectors, rank: int) -> CompressedVectors:
     for name, stacked in vectors.vectors.items():
         n_experts, *own = stacked.flatten(2).shape if stacked.ndim > 2 else stacked.shape
         if len(own) == 2 and rank * sum(own) < own[0] * own[1]:
-            left, right = torch.randn(n_experts, own[0], rank), torch.randn(n_experts, rank, own[1])
-            factors[name] = (0.01 * left, 0.01 * right)
+            left, right = stacked.new_empty(n_experts, own[0], rank), stacked.new_empty(n_experts, rank, own[1])
+            factors[name] = (0.01 * left.normal_(), 0.01 * right.normal_())
         else:
             dense[name] = stacked
     shapes = {name: tuple(stacked.shape[1:]) for name, stacked in vectors.vectors.items()}
@@ -258,6 +275,23 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
         return _status_bytes("VmHWM") - before
     except OSError:
         return None
+
+
+def peak_cuda_bytes(run: Callable[[], object]) -> int:
+    """Peak allocated device memory of one run beyond what was allocated before it."""
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _machine(device: torch.device, threads: int) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, bfloat16"
+    return f"{threads} threads, {platform.processor() or platform.machine()}, kernel: {kernel_name()}"
 
 
 def _status_bytes(key: str) -> int:
