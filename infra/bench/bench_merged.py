@@ -99,7 +99,8 @@ def main() -> None:
     device = torch.device("cuda" if options.gpu else "cpu")
     chosen = GPU if options.gpu else FULL if options.full else QUICK
     rows = [row for row in chosen if options.only in f"{row.tower} {row.batch} {row.what}"]
-    head = f"torch {torch.__version__}, {_machine(device, options.threads)}; memory: peak beyond base and task vectors, beside that of the plain pass"
+    memory = "memory: peak beyond base and task vectors, beside that of the plain pass"
+    head = f"torch {torch.__version__}, {_machine(device, options.threads)}; {memory}"
     lines = [
         head,
         "",
