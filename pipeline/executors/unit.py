@@ -126,6 +126,8 @@ class UnitRunner:
 def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseException) -> Outcome:
     """The outcome of a unit that raised; the traceback goes to its log file."""
     message = str(error) if isinstance(error, BDMergeError) else f"{type(error).__name__}: {error}"
+    if _is_short_write(error):
+        message += f" ({os.strerror(errno.ENOSPC)})"
     if _is_disk_full(error):
         message += f"; make room in {store.root} (`bd-merge gc --store {store.root}` removes what no run needs)"
     logs.fact(f"{stage} {unit} failed", level=40, error=message)
@@ -145,7 +147,13 @@ def failed(store: Store, run_id: str, stage: str, unit: str, error: BaseExceptio
 def _is_disk_full(error: BaseException) -> bool:
     """By number where the error has one; FAISS and safetensors only quote the system's words."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
+    quoted = any(os.strerror(number) in str(error) for number in full)
+    return getattr(error, "errno", None) in full or quoted or _is_short_write(error)
+
+
+def _is_short_write(error: BaseException) -> bool:
+    """NumPy's way to say that a disk took less than it was given; it keeps the system's number to itself."""
+    return isinstance(error, OSError) and " requested and " in str(error) and str(error).endswith(" written")
 
 
 def _pin_threads(threads: int, key: str) -> None:
