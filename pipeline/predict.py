@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bd_core.dirichlet import opinion
 from bd_core.head import EvidentialHead
@@ -178,19 +178,15 @@ class Caller:
 
     @torch.inference_mode()
     def _call(self, pixels_BSS3: Tensor) -> list[dict[str, Any]]:
-        images = self.backbone.normalise(pixels_BSS3.to(self.device))
-        predictor = self.merged.predictor
+        predictor, pixels_BSS3 = self.merged.predictor, pixels_BSS3.to(self.device)
         uncertainty_B = weights_BK = None
         if isinstance(predictor, Routed):
-            # What the head was fitted on: features of the pretrained model, not of the merged one.
-            pretrained_BD, tokens = self.backbone.tokens(images)
-            weights_BGK = predictor.router(tokens)
-            features_BD = nn.functional.normalize(predictor.merged(images, weights=weights_BGK), dim=-1)
+            features_BD, weights_BGK, pretrained_BD = predictor.with_pretrained(pixels_BSS3)
             weights_BK = weights_BGK.mean(1).tolist()
-            if self.evidence is not None:
+            if self.evidence is not None:  # fitted on features of the pretrained model, not of the merged one
                 uncertainty_B = opinion(self.evidence(pretrained_BD)).uncertainty.tolist()
         else:
-            features_BD, _ = predictor.features(pixels_BSS3.to(self.device), "")
+            features_BD, _ = predictor.features(pixels_BSS3, "")
         best = (self.logit_scale * features_BD @ self.head_CD.T).softmax(-1).max(-1)
         return [
             {

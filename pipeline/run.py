@@ -38,8 +38,8 @@ class _Running:
 
     plan: StagePlan
     began: float
+    to_do: int
     outcomes: list[Outcome] = field(default_factory=list)
-    to_do: int = 0
 
     @property
     def failures(self) -> list[Outcome]:
@@ -100,7 +100,7 @@ class _Run:
         )
 
     def _begin_what_can(self) -> None:
-        """Begin every stage whose needs are met; none once a unit has failed."""
+        """Begin every stage whose needs are met; none once a stage has failed."""
         for stage in list(self._waiting):
             if self._failed or any(name not in self._done for name in stage.needs):
                 continue

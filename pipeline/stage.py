@@ -74,11 +74,11 @@ class StageReport:
     def took(self, name: str, began: float, seconds: float) -> None:
         """Count these seconds as `name`. Of very many spans the last one grows: the sums stay right."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        same = next((span for span in reversed(self.spans) if span[0] == name), None)
-        if len(self.spans) < MAX_SPANS or same is None:
-            self.spans.append([name, began, began + seconds])
-        else:
+        full = len(self.spans) >= MAX_SPANS
+        if full and (same := next((span for span in reversed(self.spans) if span[0] == name), None)):
             same[2] += seconds
+        else:
+            self.spans.append([name, began, began + seconds])
 
 
 class Stage(ABC):

@@ -152,7 +152,7 @@ def _in_order(kinds: Iterable[str], without_units: set[str]) -> list[list[str]]:
     return [[_PASSES], named, [COMMIT], [INSIDE], sorted(without_units), [BETWEEN]]
 
 
-def _within(points: "np.ndarray[Any, Any]", intervals: Sequence[Interval]) -> "np.ndarray[Any, Any]":
+def _within(points: np.ndarray[Any, Any], intervals: Sequence[Interval]) -> np.ndarray[Any, Any]:
     """Which points lie in one of these disjoint sorted intervals."""
     if not intervals:
         return np.zeros(len(points), dtype=bool)

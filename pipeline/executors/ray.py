@@ -97,5 +97,5 @@ def _fit_unit(shared: tuple[FitStage, Path, str, RaySpec], planned: Planned) -> 
     _RUNNERS.clear()  # whatever the last stage loaded is not needed any more
     gc.collect()
     outcome = fit_on_ray(stage, planned, Store(root), run_id, max_failures=spec.train_max_failures)
-    gc.collect()  # the trainer sits in a cycle, and as long as it does, the job's controller keeps 250 MB
+    gc.collect()  # the trainer sits in a cycle, and as long as it does, the job's controller lives
     return outcome

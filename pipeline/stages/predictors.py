@@ -56,10 +56,15 @@ class Routed:
 
     def features(self, pixels: Tensor, task: str) -> tuple[Tensor, Tensor | None]:
         """Features of the model merged for each sample."""
+        features, weights, _ = self.with_pretrained(pixels)
+        return features, weights
+
+    def with_pretrained(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same two, and the pretrained backbone's features [B, D] that come with the router's tokens."""
         images = self.backbone.normalise(pixels)
-        _, tokens = self.backbone.tokens(images)
+        pretrained, tokens = self.backbone.tokens(images)
         weights = self.router(tokens)
-        return nn.functional.normalize(self.merged(images, weights=weights), dim=-1), weights
+        return nn.functional.normalize(self.merged(images, weights=weights), dim=-1), weights, pretrained
 
 
 @torch.inference_mode()
