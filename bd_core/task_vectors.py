@@ -20,9 +20,14 @@ __all__ = [
     "LayerGroups",
     "TaskVectors",
     "add_task_vectors",
+    "all_finite",
     "check_compatible",
+    "check_layout",
     "layer_groups",
+    "refuse_nonfinite",
+    "same_integers",
     "task_vectors",
+    "widened",
 ]
 
 StateDict = Mapping[str, Tensor]
@@ -109,17 +114,31 @@ def add_task_vectors(
     return merged
 
 
+def check_layout(base: StateDict, experts: Sequence[StateDict]) -> None:
+    """Nothing, if every expert has the base's keys, shapes and dtypes; no value is looked at.
+
+    Raises `IncompatibleCheckpoints` with all differences in one message (the first dozen spelled out, the rest
+    counted).
+    """
+    _check_differences(base, experts, values=False)
+
+
 def check_compatible(base: StateDict, experts: Sequence[StateDict]) -> None:
     """Nothing, if every expert is a fine-tuned copy of the base by keys, shapes, dtypes and integer buffers.
 
-    Raises `IncompatibleCheckpoints` with all differences in one message (the first dozen spelled out, the rest
-    counted), and `ValueError` naming the first tensor that holds NaN or an infinity of its own.
+    Raises `IncompatibleCheckpoints` as `check_layout`, and `ValueError` naming the first tensor that holds NaN or an
+    infinity of its own.
     """
+    _check_differences(base, experts, values=True)
+    _check_finite(base, experts)
+
+
+def _check_differences(base: StateDict, experts: Sequence[StateDict], values: bool) -> None:
     if not base:
         raise ValueError("the base checkpoint is empty")
     if not experts:
         raise ValueError("no expert given: merging needs K >= 1 experts")
-    found = [line for k, expert in enumerate(experts) for line in _differences(base, expert, f"expert {k}")]
+    found = [line for k, expert in enumerate(experts) for line in _differences(base, expert, f"expert {k}", values)]
     if found:
         shown = "\n".join(f"  {line}" for line in islice(found, MAX_SHOWN))
         rest = f"\n  ... and {len(found) - MAX_SHOWN} more" if len(found) > MAX_SHOWN else ""
@@ -127,7 +146,6 @@ def check_compatible(base: StateDict, experts: Sequence[StateDict]) -> None:
             f"experts differ from the base in {len(found)} places:\n{shown}{rest}\n"
             "Give experts fine-tuned from this very base, with the same layout and dtype."
         )
-    _check_finite(base, experts)
 
 
 def is_merged(name: str, base: StateDict, experts: Sequence[StateDict]) -> bool:
@@ -144,7 +162,27 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _differences(base: StateDict, expert: StateDict, who: str) -> Iterator[str]:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def refuse_nonfinite(name: str, tensor: Tensor, origin: Tensor, who: str) -> None:
+    """Nothing, unless the tensor holds NaN, or infinities and is not the base's `origin` over again: ValueError."""
+    if all_finite(tensor):
+        return
+    if bool(torch.isnan(tensor).any()):
+        raise ValueError(f"{who}: {name} holds NaN; take an earlier checkpoint of it")
+    if not torch.equal(tensor, origin):
+        raise ValueError(f"{who}: {name} holds infinities that are not the base's; take an earlier checkpoint")
+
+
+def same_integers(name: str, tensor: Tensor, origin: Tensor) -> bool:
+    """Whether an integer or boolean tensor may be taken from the base: it is equal, or a counter nobody reads."""
+    return name.endswith(IGNORED_COUNTERS) or torch.equal(tensor, origin)
+
+
+def _differences(base: StateDict, expert: StateDict, who: str, values: bool) -> Iterator[str]:
     for name in base:
         if name not in expert:
             yield f"{who}: {name} is missing"
@@ -157,7 +195,7 @@ def _differences(base: StateDict, expert: StateDict, who: str) -> Iterator[str]:
             yield f"{who}: {name} has shape {list(tensor.shape)}, the base {list(origin.shape)}"
         elif tensor.dtype != origin.dtype:
             yield f"{who}: {name} is {tensor.dtype}, the base {origin.dtype}"
-        elif not origin.is_floating_point() and not name.endswith(IGNORED_COUNTERS) and not torch.equal(tensor, origin):
+        elif values and not origin.is_floating_point() and not same_integers(name, tensor, origin):
             yield f"{who}: {name} ({origin.dtype}) has other values; integer tensors cannot be merged"
 
 
@@ -168,9 +206,6 @@ def _check_finite(base: StateDict, experts: Sequence[StateDict]) -> None:
             continue
         for who, state in labelled:
             tensor = state[name]
-            if bool(torch.isfinite(tensor).all()):
-                continue
-            if bool(torch.isnan(tensor).any()):
-                raise ValueError(f"{who}: {name} holds NaN; take an earlier checkpoint of it")
-            if not torch.equal(tensor, origin) or is_merged(name, base, experts):
+            refuse_nonfinite(name, tensor, origin, who)
+            if not all_finite(tensor) and is_merged(name, base, experts):
                 raise ValueError(f"{who}: {name} holds infinities that are not the base's; take an earlier checkpoint")

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from bd_core.methods.adamerging import AdaMerging, adamerging
 from bd_core.methods.averages import task_arithmetic, weight_average
+from bd_core.methods.dare import dare
 from bd_core.methods.registry import Method, check_parameters, find_method
+from bd_core.methods.stream import Merged
 from bd_core.methods.ties import ties
 from bd_core.methods.twin_merging import TwinMerging, twin_merging
+from bd_core.task_vectors import check_layout
 
 __all__ = [
     "METHODS",
@@ -19,7 +22,9 @@ __all__ = [
     "Method",
     "TwinMerging",
     "adamerging",
+    "dare",
     "merge",
+    "merge_stream",
     "task_arithmetic",
     "ties",
     "twin_merging",
@@ -29,13 +34,32 @@ __all__ = [
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("weight_average", "Weight average", weight_average, "nothing", "Model Soups, ICML 2022"),
-        Method("task_arithmetic", "Task Arithmetic", task_arithmetic, "nothing", "Task Arithmetic, ICLR 2023"),
-        Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023"),
+        Method("weight_average", "Weight average", weight_average, "nothing", "Model Soups, ICML 2022", "one pass"),
         Method(
-            "adamerging", "AdaMerging (layer-wise)", adamerging, "unlabelled batches", "AdaMerging, ICLR 2024", "fit"
+            "task_arithmetic", "Task Arithmetic", task_arithmetic, "nothing", "Task Arithmetic, ICLR 2023", "one pass"
         ),
-        Method("twin_merging", "Twin-Merging", twin_merging, "task labels", "Twin-Merging, NeurIPS 2024", "per sample"),
+        Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023", "three passes"),
+        Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
+        Method(
+            "adamerging",
+            "AdaMerging (layer-wise)",
+            adamerging,
+            "unlabelled batches",
+            "AdaMerging, ICLR 2024",
+            "500 steps of every task's forward and backward",
+            "model",
+            "fit",
+        ),
+        Method(
+            "twin_merging",
+            "Twin-Merging",
+            twin_merging,
+            "task labels",
+            "Twin-Merging, NeurIPS 2024",
+            "an SVD a matrix, a router",
+            "model",
+            "per sample",
+        ),
     )
 }
 
@@ -43,11 +67,37 @@ METHODS: dict[str, Method] = {
 def merge(
     method: str, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], **parameters: Any
 ) -> dict[str, Tensor]:
-    """One merged state dict, with the base's names, shapes and dtypes; the inputs are never modified.
+    """One merged state dict, with the base's names, order, shapes and dtypes; the inputs are never modified.
 
     Raises ValueError for an unknown method or parameter (naming the nearest known ones), for checkpoints that do not
     fit each other, and for a method whose result is no single model.
     """
+    found = _checked(method, parameters)
+    if found.result == "fit":
+        fitted: dict[str, Tensor] = found.function(base, experts, **parameters).merged
+        return fitted
+    merged = dict(merge_stream(method, base, experts, **parameters))
+    return {name: merged[name] for name in base} if found.experts == "checkpoints" else merged
+
+
+def merge_stream(
+    method: str, base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], **parameters: Any
+) -> Merged:
+    """(name, merged tensor) one by one, in no stated order, each name of the base once; for models beyond memory.
+
+    Keys, shapes and dtypes are checked before the first tensor, values as they are read. Raises ValueError as `merge`,
+    and for a method that gives no single state dict tensor by tensor.
+    """
+    found = _checked(method, parameters)
+    if found.result != "state":
+        raise ValueError(f"{method} gives no merged state dict tensor by tensor; it needs {found.need}")
+    if found.experts == "checkpoints":
+        check_layout(base, experts)
+    stream: Merged = found.function(base, experts, **parameters)
+    return stream
+
+
+def _checked(method: str, parameters: Mapping[str, Any]) -> Method:
     found = find_method(METHODS, method)
     if found.result == "per sample":
         raise ValueError(
@@ -55,6 +105,4 @@ def merge(
             "with MergedModel"
         )
     check_parameters(found, parameters)
-    result = found.function(base, experts, **parameters)
-    merged: dict[str, Tensor] = result if found.result == "state" else result.merged
-    return merged
+    return found

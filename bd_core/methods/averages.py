@@ -1,34 +1,30 @@
 """Weight average and Task Arithmetic.
 
-Legend: K experts, theta_0 the base, tau_k = theta_k - theta_0.
+Legend: K experts, n entries of a chunk, theta_0 the base, tau_k = theta_k - theta_0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from bd_core.task_vectors import check_compatible, is_merged, widened
+from bd_core.methods.stream import Merged, StateDict, averaged, entrywise, merged_names, unmerged
 
 __all__ = ["task_arithmetic", "weight_average"]
 
-StateDict = Mapping[str, Tensor]
 
-
-def weight_average(base: StateDict, experts: Sequence[StateDict]) -> dict[str, Tensor]:
-    """theta_0 + (1/K) sum_k tau_k, the mean of the experts.
+def weight_average(base: StateDict, experts: Sequence[StateDict]) -> Merged:
+    """theta_0 + (1/K) sum_k tau_k, the mean of the experts, tensor by tensor.
 
     Source: Utans 1996; Wortsman et al., Model Soups, ICML 2022 (uniform soup). No parameter.
-    Cost: one pass over the tensors, one float32 copy of the largest of them beyond the result.
+    Cost: one pass over the tensors; a chunk of task vectors beside in- and output.
     """
-    return _sum(base, experts, 1.0 / max(1, len(experts)))  # no experts: refused below, with its own message
+    yield from averaged(base, experts, merged_names(base))
+    yield from unmerged(base, experts)
 
 
-def task_arithmetic(base: StateDict, experts: Sequence[StateDict], *, scale: float = 0.3) -> dict[str, Tensor]:
-    """theta_0 + scale * sum_k tau_k.
+def task_arithmetic(base: StateDict, experts: Sequence[StateDict], *, scale: float = 0.3) -> Merged:
+    """theta_0 + scale * sum_k tau_k, tensor by tensor.
 
     Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023. `scale` (their lambda): 0.3 is the value
     used for eight tasks on CLIP ViT-B/32 there and in AdaMerging; with fewer experts larger values fit.
@@ -36,19 +32,10 @@ def task_arithmetic(base: StateDict, experts: Sequence[StateDict], *, scale: flo
     """
     if not math.isfinite(scale):
         raise ValueError(f"task_arithmetic: scale={scale} must be finite")
-    return _sum(base, experts, scale)
 
+    def merge() -> Merged:
+        names = merged_names(base)
+        yield from entrywise(base, experts, names, lambda vectors_Kn, name, start: vectors_Kn.sum(0).mul_(scale))
+        yield from unmerged(base, experts)
 
-def _sum(base: StateDict, experts: Sequence[StateDict], scale: float) -> dict[str, Tensor]:
-    check_compatible(base, experts)
-    merged: dict[str, Tensor] = {}
-    for name, origin in base.items():
-        if not is_merged(name, base, experts):
-            merged[name] = origin.detach().clone()
-            continue
-        wide = widened(origin)
-        total = torch.zeros_like(wide)
-        for expert in experts:
-            total += expert[name].detach().to(wide) - wide
-        merged[name] = (wide + scale * total).to(origin.dtype)
-    return merged
+    return merge()

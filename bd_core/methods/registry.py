@@ -13,18 +13,22 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Method", "Need", "check_parameters", "find_method"]
+__all__ = ["DATA", "Memory", "Method", "Need", "check_parameters", "find_method"]
 
 StateDict = Mapping[str, Tensor]
-Need = Literal["nothing", "unlabelled batches", "task labels"]
+Need = Literal["nothing", "unlabelled activations", "unlabelled batches", "task labels", "labelled validation"]
+Memory = Literal["chunk", "tensor", "matrices", "model"]
+DATA = frozenset({"grams", "squares", "logits", "batches", "validate"})  # what a need is met with: no setting
 
 
 @dataclass(frozen=True)
 class Method:
-    """One merging method: what to call, what it needs and where it comes from.
+    """One merging method: what to call, what it needs, what it costs and where it comes from.
 
-    `function(base, experts, **parameters)` returns what `result` says: one state dict ("state"), an object whose
-    `.merged` is one ("fit"), or the parts of a per-sample model ("per sample").
+    `function(base, experts, **parameters)` returns what `result` says: the merged tensors one by one ("state"), an
+    object whose `.merged` is a state dict ("fit"), or the parts of a per-sample model ("per sample"). `memory` is what
+    it holds beside in- and output: a chunk of K task vectors, those of one tensor, those of a batch of matrices, or
+    something of the model's size. `experts` are checkpoints, or LoRA adapters.
     """
 
     name: str
@@ -32,19 +36,28 @@ class Method:
     function: Callable[..., Any]
     need: Need
     source: str
+    cost: str
+    memory: Memory = "chunk"
     result: Literal["state", "fit", "per sample"] = "state"
+    experts: Literal["checkpoints", "adapters"] = "checkpoints"
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Optional parameters and their defaults, read off the function: documented once."""
-        parameters = list(inspect.signature(self.function).parameters.values())[2:]
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
+        """Optional settings and their defaults, read off the function: documented once."""
+        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Parameters without a default."""
-        parameters = list(inspect.signature(self.function).parameters.values())[2:]
-        return tuple(p.name for p in parameters if p.default is p.empty)
+        """Settings without a default, and the data it cannot do without."""
+        return tuple(p.name for p in self._parameters() if p.default is p.empty)
+
+    @property
+    def from_files(self) -> bool:
+        """Whether checkpoints alone are enough to merge."""
+        return self.need == "nothing" and self.result == "state"
+
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.function).parameters.values())[2:]
 
 
 def find_method(methods: Mapping[str, Method], name: str) -> Method:

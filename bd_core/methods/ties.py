@@ -1,22 +1,25 @@
 """Ties-Merging: trim, elect sign, disjoint merge.
 
-Legend: K experts, n all merged parameters of the model, `...` a parameter's own shape.
+Legend: K experts, n entries of a chunk, N all merged entries of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.task_vectors import check_compatible, is_merged, widened
+from bd_core.methods.selection import kth_smallest_rows
+from bd_core.methods.stream import Merged, StateDict, chunks, entrywise, merged_names, unmerged
 
-__all__ = ["ties"]
+__all__ = ["Trim", "check_keep", "disjoint_merge", "ties"]
 
-StateDict = Mapping[str, Tensor]
+Trim = Literal["global", "per_tensor"]
 
 
 def ties(
@@ -25,87 +28,106 @@ def ties(
     *,
     keep: float = 0.2,
     scale: float = 0.3,
-    trim: Literal["global", "per_tensor"] = "global",
+    trim: Trim = "global",
     merge: Literal["sum", "mean"] = "sum",
-) -> dict[str, Tensor]:
-    """theta_0 + scale * tau with tau from three steps, entry by entry.
+) -> Merged:
+    """theta_0 + scale * tau with tau from three steps, entry by entry, tensor by tensor.
 
     1. Trim: of every tau_k keep the top `keep` share of magnitudes, zero the rest; over the flattened model
-       (`trim="global"`, as the paper's code and FusionBench) or in every tensor (`"per_tensor"`, as mergekit).
+       (`trim="global"`, as the paper's code and FusionBench) or in every tensor (`"per_tensor"`, as mergekit). Entries
+       as large as the last one kept are kept too.
     2. Elect: the sign of sum_k tau_k. Where the trimmed entries cancel exactly: the sign that most entries of the
        model have (global, as the paper's code), or plus (per_tensor, as mergekit).
     3. Disjoint merge: the sum (`merge="sum"`) or mean (`"mean"`) of the non-zero entries that agree with that sign.
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023. `keep` 0.2 is theirs; the released vision code sums, with 0.3.
-    Cost: per tensor K float32 copies; `global` needs all magnitudes of one expert at a time (4 n bytes and a copy)
-    for its threshold and one more pass for the majority sign.
+    Cost: three passes over the tensors, a fourth if entries cancel exactly; beside in- and output a chunk of task
+    vectors and about K N / 100 entries to find the thresholds in.
     """
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"ties: keep={keep} must lie in (0, 1]")
+    check_keep("ties", keep)
+    if not math.isfinite(scale):
+        raise ValueError(f"ties: scale={scale} must be finite")
     for name, value, known in (("trim", trim, ("global", "per_tensor")), ("merge", merge, ("sum", "mean"))):
         if value not in known:
             raise ValueError(f"ties: {name}={value!r} must be one of {', '.join(known)}")
-    check_compatible(base, experts)
-    names = [name for name in base if is_merged(name, base, experts)]
-    thresholds: list[float] | None = None
-    if trim == "global":
-        thresholds = [_global_threshold(base, expert, names, keep) for expert in experts]
 
-    def trimmed(name: str) -> Tensor:
-        vectors = _vectors(base, experts, name)
-        return _trim_per_tensor(vectors, keep) if thresholds is None else _trim_above(vectors, thresholds)
+    def stream() -> Merged:
+        trimmed = Trimmed(base, experts, keep, trim)
 
-    tie_sign = 1.0
-    if thresholds is not None:
-        balance = sum(float(torch.sign(trimmed(name).sum(0)).sum(dtype=torch.float64)) for name in names)
-        tie_sign = -1.0 if balance < 0 else 1.0
-    merged = {name: origin.detach().clone() for name, origin in base.items()}
-    for name in names:
-        step = _disjoint_merge(trimmed(name), tie_sign, merge)
-        merged[name] = (widened(base[name]) + scale * step).to(base[name].dtype)
-    return merged
+        def step(vectors_Kn: Tensor, name: str, start: int) -> Tensor:
+            kept_Kn = trimmed.apply(vectors_Kn, name)
+            return disjoint_merge(kept_Kn, trimmed, merge).mul_(scale)
+
+        yield from entrywise(base, experts, trimmed.names, step)
+        yield from unmerged(base, experts)
+
+    return stream()
 
 
-def _vectors(base: StateDict, experts: Sequence[StateDict], name: str) -> Tensor:
-    wide = widened(base[name])
-    return torch.stack([expert[name].detach().to(wide) - wide for expert in experts])
+class Trimmed:
+    """What survives of every task vector: its largest magnitudes, of the whole model or tensor by tensor."""
+
+    def __init__(self, base: StateDict, experts: Sequence[StateDict], keep: float, trim: Trim) -> None:
+        self.base, self.experts, self.keep, self.trim = base, experts, keep, trim
+        self.names = merged_names(base)
+        self._of_tensor: tuple[str, Tensor] | None = None
+
+    def apply(self, vectors_Kn: Float[Tensor, "K n"], name: str) -> Float[Tensor, "K n"]:
+        """The chunk with everything below its expert's threshold set to zero, in place."""
+        bound_K1 = self._thresholds(name)[:, None].to(vectors_Kn)
+        return vectors_Kn.mul_(vectors_Kn.abs() >= bound_K1)
+
+    @cached_property
+    def majority_sign(self) -> float:
+        """The sign most entries of the summed, trimmed vectors have; plus when trimmed tensor by tensor."""
+        if self.trim == "per_tensor":
+            return 1.0
+        balance = 0.0
+        for name, _, vectors_Kn in chunks(self.base, self.experts, self.names):
+            balance += float(torch.sign(self.apply(vectors_Kn, name).sum(0)).sum(dtype=torch.float64))
+        return -1.0 if balance < 0 else 1.0
+
+    def _thresholds(self, name: str) -> Tensor:
+        if self.trim == "global":
+            return self._of_model
+        if self._of_tensor is None or self._of_tensor[0] != name:
+            self._of_tensor = (name, self._found([name], at_least=1))
+        return self._of_tensor[1]
+
+    @cached_property
+    def _of_model(self) -> Tensor:
+        return self._found(self.names, at_least=0)
+
+    def _found(self, names: Sequence[str], at_least: int) -> Tensor:
+        """The smallest magnitude kept of every expert."""
+        size = sum(self.base[name].numel() for name in names)
+        kept = max(at_least, int(size * self.keep))
+
+        def magnitudes() -> Iterator[Tensor]:
+            return (vectors_Kn.abs_() for _, _, vectors_Kn in chunks(self.base, self.experts, names))
+
+        # Global, as the paper's code: the (n - int(keep n))-th smallest magnitude is the last one kept.
+        rank = size - kept + (self.trim == "per_tensor")
+        if rank < 1 or not names:
+            return torch.zeros(len(self.experts))
+        return kth_smallest_rows(magnitudes, [rank] * len(self.experts))
 
 
-def _global_threshold(base: StateDict, expert: StateDict, names: Sequence[str], keep: float) -> float:
-    """The smallest magnitude kept of this expert's flattened task vector; equals are kept too."""
-    wide = max(
-        (torch.promote_types(base[name].dtype, torch.float32) for name in names), key=lambda dtype: dtype.itemsize
-    )
-    magnitudes = torch.empty(sum(base[name].numel() for name in names), dtype=wide, device=base[names[0]].device)
-    start = 0
-    for name in names:
-        size = base[name].numel()
-        origin = widened(base[name])
-        magnitudes[start : start + size] = (expert[name].detach().to(origin) - origin).abs().flatten()
-        start += size
-    # The paper's code: the (n - int(keep n))-th smallest magnitude is the last one kept.
-    rank = len(magnitudes) - int(len(magnitudes) * keep)
-    return float(magnitudes.kthvalue(rank).values) if rank >= 1 else 0.0
+def check_keep(place: str, keep: float) -> None:
+    """Nothing; ValueError unless keep is a share in (0, 1]."""
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"{place}: keep={keep} must lie in (0, 1]")
 
 
-def _trim_above(vectors: Float[Tensor, "K ..."], thresholds: Sequence[float]) -> Float[Tensor, "K ..."]:
-    bound = torch.tensor(thresholds, dtype=vectors.dtype, device=vectors.device)
-    return vectors * (vectors.abs() >= bound.view(-1, *(1,) * (vectors.ndim - 1)))
-
-
-def _trim_per_tensor(vectors: Float[Tensor, "K ..."], keep: float) -> Float[Tensor, "K ..."]:
-    """The int(keep * size) largest magnitudes of each expert (at least one); ties in no stated order."""
-    flat = vectors.flatten(1)
-    if flat.shape[1] == 0:
-        return vectors
-    top = flat.abs().topk(max(1, int(keep * flat.shape[1])), dim=1).indices
-    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, top, True)
-    return (flat * mask).view_as(vectors)
-
-
-def _disjoint_merge(trimmed: Float[Tensor, "K ..."], tie_sign: float, merge: str) -> Float[Tensor, ...]:
-    sign = torch.sign(trimmed.sum(0))
-    sign = torch.where(sign == 0, torch.full_like(sign, tie_sign), sign)
-    agreeing = trimmed * (torch.sign(trimmed) == sign)
-    total = agreeing.sum(0)
-    return total if merge == "sum" else total / (agreeing != 0).sum(0).clamp_min(1)
+def disjoint_merge(
+    trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed, merge: Literal["sum", "mean"]
+) -> Float[Tensor, " n"]:
+    """The sum or mean of the entries whose sign is that of their sum; exact cancellation takes the majority's sign."""
+    sign_n = trimmed_Kn.sum(0).sign_()
+    cancelled_n = (sign_n == 0).logical_and_((trimmed_Kn != 0).any(0)) if bool((sign_n == 0).any()) else None
+    if cancelled_n is not None and bool(cancelled_n.any()):
+        # Asking for it reads all task vectors once more, and through another buffer.
+        sign_n[cancelled_n] = trimmed.majority_sign
+    agreeing_Kn = trimmed_Kn.mul_((trimmed_Kn * sign_n) > 0)
+    total_n = agreeing_Kn.sum(0)
+    return total_n if merge == "sum" else total_n / (agreeing_Kn != 0).sum(0).clamp_min_(1)

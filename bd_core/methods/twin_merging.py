@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd_core.compression import CompressedVectors, svd_compress
 from bd_core.methods.averages import task_arithmetic
-from bd_core.task_vectors import task_vectors
+from bd_core.task_vectors import check_compatible, task_vectors
 
 __all__ = ["TwinMerging", "twin_merging"]
 
@@ -41,5 +41,6 @@ def twin_merging(
     share of singular triplets of each matrix that v_k keeps, is 0.2 (ours; the paper reports a range of ranks).
     Cost: K singular value decompositions of every matrix; storage about rank_share * (O + I)/max(O, I) of K experts.
     """
-    shared = task_arithmetic(base, experts, scale=scale)
+    check_compatible(base, experts)
+    shared = dict(task_arithmetic(base, experts, scale=scale))
     return TwinMerging(shared, svd_compress(task_vectors(shared, experts), rank_share=rank_share))

@@ -1,0 +1,186 @@
+"""Merging tensor by tensor: what every file-level method reads, checks and gives back.
+
+Legend: K experts, n entries of a flat chunk, `...` a parameter's own shape.
+
+The state dicts may be lazy: reading `base[name]` may read a file. A tensor is read, used and let go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bd_core.task_vectors import IncompatibleCheckpoints, all_finite, refuse_nonfinite, same_integers, widened
+
+__all__ = [
+    "BATCH_BYTES",
+    "CHUNK",
+    "EMBEDDINGS",
+    "Chunk",
+    "Merged",
+    "StateDict",
+    "averaged",
+    "chunks",
+    "entrywise",
+    "expert_vectors",
+    "finish",
+    "matrix_names",
+    "merged_names",
+    "same_shape",
+    "unmerged",
+]
+
+StateDict = Mapping[str, Tensor]
+Merged = Iterator[tuple[str, Tensor]]
+Chunk = tuple[str, int, Tensor]
+
+CHUNK = 2**17  # entries worked on at once: K copies of them stay in a core's cache
+BATCH_BYTES = 256 << 20  # task vectors of equal-shaped matrices taken together
+# Two-dimensional parameters that multiply no activation: tables of embeddings.
+EMBEDDINGS = (r"embedding", r"\bembed", r"\bwte\b", r"\bwpe\b", r"pos_embed", r"relative_position_bias_table")
+
+
+def merged_names(base: StateDict) -> list[str]:
+    """The tensors arithmetic applies to: floating point, finite, not empty; in the base's order.
+
+    A base tensor with infinities is a constant such as a causal mask: `unmerged` gives it back if all experts agree.
+    """
+    return [name for name, tensor in base.items() if tensor.is_floating_point() and tensor.numel() and _finite(tensor)]
+
+
+def unmerged(base: StateDict, experts: Sequence[StateDict]) -> Merged:
+    """The tensors no arithmetic applies to, as the base has them.
+
+    Raises IncompatibleCheckpoints where an expert has other values (BatchNorm's counters apart), and ValueError for
+    NaN, or infinities that are not in every checkpoint.
+    """
+    kept = set(merged_names(base))
+    for name, origin in base.items():
+        if name in kept:
+            continue
+        for k, expert in enumerate(experts):
+            if origin.is_floating_point():
+                refuse_nonfinite(name, origin, origin, "the base")
+                refuse_nonfinite(name, expert[name], origin, f"expert {k}")
+            elif not same_integers(name, expert[name], origin):
+                raise IncompatibleCheckpoints(
+                    f"expert {k}: {name} ({origin.dtype}) has other values than the base; integer tensors cannot be "
+                    "merged: give experts with equal ones"
+                )
+        yield name, origin.detach().clone()
+
+
+def expert_vectors(base: StateDict, experts: Sequence[StateDict], name: str) -> Float[Tensor, "K ..."]:
+    """tau_k = theta_k - theta_0 of one tensor in float32 (float64 stays), finite, or ValueError naming the expert."""
+    origin = base[name]
+    wide = widened(origin)
+    vectors = wide.new_empty((len(experts), *origin.shape))
+    for k, expert in enumerate(experts):
+        vectors[k].copy_(expert[name].detach()).sub_(wide)
+    if not _finite(vectors):
+        _name_nonfinite(name, base, experts)
+    return vectors
+
+
+def finish(origin: Tensor, step: Tensor) -> Tensor:
+    """origin + step, added in float32 (float64 stays) and cast to the base's dtype once."""
+    return (widened(origin) + step).to(origin.dtype)
+
+
+def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Iterator[Chunk]:
+    """(name, first entry, task vectors [K, n]) of every flattened tensor, at most CHUNK entries at a time.
+
+    One buffer serves all chunks: a chunk is the reader's to change, and gone when the next one is asked for.
+    """
+    buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for name in names:
+        flat_base = base[name].detach().reshape(-1)
+        flat_experts = [expert[name].detach().reshape(-1) for expert in experts]
+        wide = torch.promote_types(flat_base.dtype, torch.float32)
+        buffer = buffers.get((wide, flat_base.device))
+        if buffer is None:
+            buffer = torch.empty((len(experts), CHUNK), dtype=wide, device=flat_base.device)
+            buffers[wide, flat_base.device] = buffer
+        for start in range(0, len(flat_base), CHUNK):
+            origin = flat_base[start : start + CHUNK].to(wide)
+            vectors_Kn = buffer[:, : len(origin)]
+            for k, flat in enumerate(flat_experts):
+                if flat.dtype == wide:
+                    torch.sub(flat[start : start + CHUNK], origin, out=vectors_Kn[k])
+                else:
+                    vectors_Kn[k].copy_(flat[start : start + CHUNK]).sub_(origin)
+            if not _finite(vectors_Kn):
+                _name_nonfinite(name, base, experts)
+            yield name, start, vectors_Kn
+
+
+def entrywise(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    names: Sequence[str],
+    step: Callable[[Tensor, str, int], Tensor],
+) -> Merged:
+    """theta_0 + step of every tensor, where step([K, n] task vectors, name, first entry) gives [n] chunk by chunk.
+
+    Beside in- and output: one chunk of K task vectors and what `step` makes of it.
+    """
+    result: Tensor | None = None
+    for name, start, vectors_Kn in chunks(base, experts, names):
+        origin = base[name]
+        if start == 0:
+            result = torch.empty(origin.numel(), dtype=origin.dtype, device=origin.device)
+        assert result is not None
+        end = start + vectors_Kn.shape[1]
+        step_n = step(vectors_Kn, name, start)
+        result[start:end] = origin.detach().reshape(-1)[start:end].to(step_n.dtype) + step_n
+        if end == len(result):
+            yield name, result.view(origin.shape)
+            result = None
+
+
+def averaged(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Merged:
+    """theta_0 + mean_k tau_k: what most matrix methods do with everything that is no matrix."""
+    return entrywise(base, experts, names, lambda vectors_Kn, name, start: vectors_Kn.mean(0))
+
+
+def matrix_names(base: StateDict, exclude: Sequence[str] = EMBEDDINGS) -> list[str]:
+    """The two-dimensional tensors of `merged_names` whose name holds none of the patterns (regular expressions)."""
+    left_out = [re.compile(pattern) for pattern in exclude]
+    return [
+        name
+        for name in merged_names(base)
+        if base[name].ndim == 2 and not any(pattern.search(name) for pattern in left_out)
+    ]
+
+
+def same_shape(
+    base: StateDict, names: Sequence[str], n_experts: int, budget_bytes: int = BATCH_BYTES
+) -> Iterator[list[str]]:
+    """Batches of tensors of equal shape, dtype and device, as many as the budget holds K task vectors of."""
+    # One tensor is always taken, however small the budget.
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[str]] = {}
+    for name in names:
+        tensor = base[name]
+        alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(name)
+    for (shape, dtype, _), members in alike.items():
+        each = n_experts * shape.numel() * torch.promote_types(dtype, torch.float32).itemsize
+        size = max(1, budget_bytes // max(1, each))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. A finite sum proves it in one pass; a sum may also overflow by itself."""
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or all_finite(tensor)
+
+
+def _name_nonfinite(name: str, base: StateDict, experts: Sequence[StateDict]) -> None:
+    origin = base[name]
+    for k, expert in enumerate(experts):
+        refuse_nonfinite(name, expert[name], origin, f"expert {k}")
+    raise ValueError(f"{name}: a task vector is not finite though base and experts are; its values are too large")
