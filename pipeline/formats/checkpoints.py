@@ -1,41 +1,20 @@
-"""Checkpoints: safetensors, torch state dicts and Hugging Face CLIP folders in, open_clip names out. Nothing executed.
-
-A pickle can run any code when it is loaded. Only torch's restricted reader is used, which knows tensors and containers
-and no other class; a file that holds anything else is refused, whoever made it.
-"""
+"""Checkpoints of the pipeline's models: any form that is read comes in under open_clip's names, whole."""
 
 import json
 import logging
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import logs
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.formats.clip_names import VISUAL, to_open_clip, visual_only
+from pipeline.formats.lazy import LazyState, open_file, weight_files
 
 PROJECTION = "visual.proj"
-_HF_INDEX = "model.safetensors.index.json"
-_HF_FILES = ("model.safetensors", "pytorch_model.bin")
-_SAFE_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -44,12 +23,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     `path` is a .safetensors file, a file that `torch.save` wrote of a state dict, or a Hugging Face CLIP folder. An
     image tower alone comes out with the prefix `visual.`. Raises ConfigError for a missing file, DataError otherwise.
     """
-    return to_open_clip(_read(path, header_only=False), str(path))
+    # Copies: a tensor read lazily is a view of the file, which may be written to later.
+    return {name: value.clone() for name, value in to_open_clip(_own(path), str(path)).items()}
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """Like `read_checkpoint`, as meta tensors: names, shapes and dtypes, while the weights stay on disk."""
-    return to_open_clip(_read(path, header_only=True), str(path))
+    return to_open_clip(_own(path).header, str(path))
+
+
+def _own(path: Path) -> LazyState:
+    """The tensors of a checkpoint's files under the files' own names."""
+    return LazyState({name: source for file in weight_files(path) for name, source in open_file(file).sources.items()})
 
 
 def read_expert(path: Path, base: Mapping[str, Tensor], *, header_only: bool = False) -> dict[str, Tensor]:
@@ -108,92 +93,3 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write `state`; equal names and values give equal bytes, in whatever order they come."""
     # No metadata: its order in the file is not fixed. Clones: the format refuses tensors that share memory.
     save_file({name: state[name].detach().cpu().contiguous().clone() for name in sorted(state)}, path)
-
-
-def _read(path: Path, *, header_only: bool) -> dict[str, Tensor]:
-    if path.is_dir():
-        parts = [_read(file, header_only=header_only) for file in _weight_files(path)]
-        return {name: value for part in parts for name, value in part.items()}
-    if not path.is_file():
-        raise ConfigError(f"checkpoint {path} does not exist; correct the path")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, header_only)
-    return _state_dict_of(_load_torch(path, header_only), path)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a Hugging Face folder's weights, shards in order."""
-    if (folder / _HF_INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((folder / _HF_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError(f"{folder / _HF_INDEX}: not an index of shards ({error!r}); fetch it again") from None
-        escaping = [shard for shard in shards if Path(shard).name != shard]
-        if escaping:
-            raise DataError(f"{folder / _HF_INDEX}: shard {escaping[0]!r} lies outside the folder; fetch it again")
-        return [folder / shard for shard in shards]
-    for name in _HF_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ConfigError(f"checkpoint folder {folder} holds none of {_HF_INDEX}, {', '.join(_HF_FILES)}; name a file")
-
-
-def _read_safetensors(path: Path, header_only: bool) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            if not header_only:
-                return {name: file.get_tensor(name) for name in sorted(file.keys())}
-            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-            return {
-                name: torch.empty(part.get_shape(), dtype=_SAFE_DTYPES[part.get_dtype()], device="meta")
-                for name, part in slices.items()
-            }
-    except SafetensorError as error:
-        raise DataError(
-            f"{path}: not a readable safetensors file ({error}); it may be cut short, copy it again"
-        ) from None
-    except KeyError as error:
-        raise DataError(f"{path}: holds tensors of dtype {error}, which cannot be merged; convert them") from None
-
-
-def _load_torch(path: Path, header_only: bool) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of TorchScript archives, which are refused below
-            if header_only:
-                # Mapped, the values of a zip file are never read; older files are read and dropped.
-                return torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: refused, it is a pickle of more than tensors and loading it could run any code "
-            f"({_first_reason(error)}). Nothing was executed. If you trust its source, load it yourself and save "
-            "only the weights: safetensors.torch.save_file(model.state_dict(), 'expert.safetensors')"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{path}: not a state dict that torch can read ({reason}); TorchScript archives and files cut short are "
-            "not read: save the state dict as .safetensors"
-        ) from None
-
-
-def _first_reason(error: Exception) -> str:
-    """The sentence of torch's long advice that says which global the file wanted."""
-    text = " ".join(str(error).split())
-    start = max(text.find("WeightsUnpickler error:"), 0)
-    return text[start : start + 160].split(". ")[0]
-
-
-def _state_dict_of(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was loaded: itself, or below one of the keys training loops use."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-            break
-    if isinstance(loaded, Mapping) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-        return {str(name): value for name, value in loaded.items()}
-    kind = f"a {type(loaded).__name__}"
-    if isinstance(loaded, Mapping):
-        kind = f"a mapping with keys {', '.join(str(key) for key in list(loaded)[:5]) or '(none)'}"
-    raise DataError(f"{path}: holds {kind}, not a state dict of named tensors; save model.state_dict()")

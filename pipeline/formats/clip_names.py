@@ -4,7 +4,8 @@ The maps work on meta tensors too, so that a header alone can be mapped and comp
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,26 +43,53 @@ _HF_OUTSIDE = {
 _HF_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
+@dataclass(frozen=True)
+class Part:
+    """How one tensor of ours is made of a file's own: rows of all `sources` joined, transposed when it says so."""
+
+    sources: tuple[str, ...]
+    transposed: bool = False
+
+    def assemble(self, values: Sequence[Tensor]) -> Tensor:
+        """Our tensor, of the file's own in order of `sources`."""
+        joined = torch.cat(list(values)) if len(values) > 1 else values[0]
+        return joined.T.contiguous() if self.transposed else joined
+
+    def take_apart(self, value: Tensor, headers: Sequence[Tensor]) -> list[Tensor]:
+        """The file's own tensors, of ours: what `assemble` undoes."""
+        whole = value.T if self.transposed else value
+        rows = [len(header) for header in headers] if len(headers) > 1 else []
+        return [part.contiguous() for part in (torch.split(whole, rows) if rows else [whole])]
+
+
 def to_open_clip(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
     """`state` under open_clip's names: a full model's, or those of its image tower, each with the prefix `visual.`.
 
     Knows open_clip's full and image-tower-only state dicts, with or without a wrapper's prefix, and Hugging Face's
     CLIPModel and CLIPVisionModel. `place` names the file in errors. Raises DataError for names that are none of these.
     """
-    bare = _unwrapped(state)
+    parts = open_clip_parts(list(state), place)
+    if parts is None:
+        shown = ", ".join(sorted(state)[:5]) or "none"
+        raise DataError(
+            f"{place}: its {len(state)} tensor names ({shown}, ...) are neither open_clip's nor Hugging Face CLIP's; "
+            "save the state dict of an open_clip model or of its image tower"
+        )
+    return {name: part.assemble([state[source] for source in part.sources]) for name, part in parts.items()}
+
+
+def open_clip_parts(names: Sequence[str], place: str) -> dict[str, Part] | None:
+    """open_clip's name -> how it is made of the file's own `names`, in their order; None for names of no CLIP model."""
+    bare = unwrapped(names, _WRAPPERS)
     if "embeddings.patch_embedding.weight" in bare:  # CLIPVisionModel as of transformers 5
-        bare = {f"vision_model.{name}": value for name, value in bare.items()}
+        bare = {f"vision_model.{name}": source for name, source in bare.items()}
     if any(name.startswith("vision_model.") for name in bare):
         return _from_hugging_face(bare, place)
     if any(name.startswith(VISUAL) for name in bare):
-        return bare
+        return {name: Part((source,)) for name, source in bare.items()}
     if bare.keys() >= _VISUAL_ONLY:
-        return {VISUAL + name: value for name, value in bare.items()}
-    shown = ", ".join(sorted(bare)[:5]) or "none"
-    raise DataError(
-        f"{place}: its {len(bare)} tensor names ({shown}, ...) are neither open_clip's nor Hugging Face CLIP's; "
-        "save the state dict of an open_clip model or of its image tower"
-    )
+        return {VISUAL + name: Part((source,)) for name, source in bare.items()}
+    return None
 
 
 def visual_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,22 +97,22 @@ def visual_only(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(VISUAL): value for name, value in state.items() if name.startswith(VISUAL)}
 
 
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` without the prefixes that all its names share because a wrapper put them there."""
-    bare = dict(state)
+def unwrapped(names: Sequence[str], wrappers: Sequence[str]) -> dict[str, str]:
+    """Names without the prefixes that all of them share because a wrapper put them there -> the file's own."""
+    bare = {name: name for name in names}
     while bare:
-        prefix = next((wrapper for wrapper in _WRAPPERS if all(name.startswith(wrapper) for name in bare)), None)
+        prefix = next((wrapper for wrapper in wrappers if all(name.startswith(wrapper) for name in bare)), None)
         if prefix is None:
             break
-        bare = {name.removeprefix(prefix): value for name, value in bare.items()}
+        bare = {name.removeprefix(prefix): source for name, source in bare.items()}
     return bare
 
 
-def _from_hugging_face(state: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    mapped: dict[str, Tensor] = {}
-    attention: dict[str, dict[str, Tensor]] = {}
+def _from_hugging_face(bare: Mapping[str, str], place: str) -> dict[str, Part]:
+    mapped: dict[str, Part] = {}
+    attention: dict[str, dict[str, str]] = {}
     unknown = []
-    for name, value in state.items():
+    for name, source in bare.items():
         block = _HF_BLOCK.match(name)
         if block:
             tower, index, rest = block.groups()
@@ -92,15 +120,17 @@ def _from_hugging_face(state: Mapping[str, Tensor], place: str) -> dict[str, Ten
             projection = re.match(r"^self_attn\.([qkv])_proj\.(weight|bias)$", rest)
             layer, _, kind = rest.rpartition(".")
             if projection:
-                attention.setdefault(f"{prefix}attn.in_proj_{projection[2]}", {})[projection[1]] = value
+                joined = f"{prefix}attn.in_proj_{projection[2]}"
+                attention.setdefault(joined, {})[projection[1]] = source
+                mapped.setdefault(joined, Part(()))  # in its place in the file; filled below
             elif layer in _HF_IN_BLOCK:
-                mapped[f"{prefix}{_HF_IN_BLOCK[layer]}.{kind}"] = value
+                mapped[f"{prefix}{_HF_IN_BLOCK[layer]}.{kind}"] = Part((source,))
             else:
                 unknown.append(name)
         elif name in _HF_OUTSIDE:
-            mapped[_HF_OUTSIDE[name]] = value
+            mapped[_HF_OUTSIDE[name]] = Part((source,))
         elif name in _HF_TRANSPOSED:
-            mapped[_HF_TRANSPOSED[name]] = value.T.contiguous()
+            mapped[_HF_TRANSPOSED[name]] = Part((source,), transposed=True)
         elif not name.endswith("position_ids"):  # a buffer 0..n-1 that older versions saved
             unknown.append(name)
     torn = [name for name, parts in attention.items() if parts.keys() != {"q", "k", "v"}]
@@ -109,4 +139,4 @@ def _from_hugging_face(state: Mapping[str, Tensor], place: str) -> dict[str, Ten
             f"{place}: not a Hugging Face CLIP: unknown tensors {unknown[:5]}, incomplete attention {torn[:5]}; "
             "only CLIPModel and CLIPVisionModel are read"
         )
-    return mapped | {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in attention.items()}
+    return mapped | {name: Part(tuple(parts[part] for part in "qkv")) for name, parts in attention.items()}
