@@ -8,11 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from bd_core.methods.adamerging import AdaMerging, adamerging
-from bd_core.methods.averages import task_arithmetic, weight_average
-from bd_core.methods.dare import dare
 from bd_core.methods.registry import Method, check_parameters, find_method
 from bd_core.methods.stream import Merged
-from bd_core.methods.ties import ties
+from bd_core.methods.table import METHODS
 from bd_core.methods.twin_merging import TwinMerging, twin_merging
 from bd_core.task_vectors import check_layout
 
@@ -22,46 +20,10 @@ __all__ = [
     "Method",
     "TwinMerging",
     "adamerging",
-    "dare",
     "merge",
     "merge_stream",
-    "task_arithmetic",
-    "ties",
     "twin_merging",
-    "weight_average",
 ]
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("weight_average", "Weight average", weight_average, "nothing", "Model Soups, ICML 2022", "one pass"),
-        Method(
-            "task_arithmetic", "Task Arithmetic", task_arithmetic, "nothing", "Task Arithmetic, ICLR 2023", "one pass"
-        ),
-        Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023", "three passes"),
-        Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
-        Method(
-            "adamerging",
-            "AdaMerging (layer-wise)",
-            adamerging,
-            "unlabelled batches",
-            "AdaMerging, ICLR 2024",
-            "500 steps of every task's forward and backward",
-            "model",
-            "fit",
-        ),
-        Method(
-            "twin_merging",
-            "Twin-Merging",
-            twin_merging,
-            "task labels",
-            "Twin-Merging, NeurIPS 2024",
-            "an SVD a matrix, a router",
-            "model",
-            "per sample",
-        ),
-    )
-}
 
 
 def merge(

@@ -1,0 +1,46 @@
+"""Every merging method there is, in the order of the table: data-free, then by what it needs."""
+
+from bd_core.methods.adamerging import adamerging
+from bd_core.methods.averages import task_arithmetic, weight_average
+from bd_core.methods.dare import dare
+from bd_core.methods.model_stock import model_stock
+from bd_core.methods.pcb import pcb
+from bd_core.methods.registry import Method
+from bd_core.methods.ties import ties
+from bd_core.methods.twin_merging import twin_merging
+
+__all__ = ["METHODS"]
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("weight_average", "Weight average", weight_average, "nothing", "Model Soups, ICML 2022", "one pass"),
+        Method(
+            "task_arithmetic", "Task Arithmetic", task_arithmetic, "nothing", "Task Arithmetic, ICLR 2023", "one pass"
+        ),
+        Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023", "three passes"),
+        Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
+        Method("pcb", "PCB-Merging", pcb, "nothing", "PCB-Merging, NeurIPS 2024", "five passes"),
+        Method("model_stock", "Model Stock", model_stock, "nothing", "Model Stock, ECCV 2024", "two passes"),
+        Method(
+            "adamerging",
+            "AdaMerging",
+            adamerging,
+            "unlabelled batches",
+            "AdaMerging, ICLR 2024",
+            "500 steps of every task's forward and backward",
+            "model",
+            "fit",
+        ),
+        Method(
+            "twin_merging",
+            "Twin-Merging",
+            twin_merging,
+            "task labels",
+            "Twin-Merging, NeurIPS 2024",
+            "an SVD a matrix, a router",
+            "model",
+            "per sample",
+        ),
+    )
+}
