@@ -16,7 +16,8 @@ from pipeline.errors import ConfigError, Faults
 from pipeline.executors import Executor, RayExecutor, RaySpec, SerialExecutor, SerialSpec
 from pipeline.record import RunRecord
 from pipeline.stage import Stage
-from pipeline.stages.baselines import Baselines, BaselinesSpec
+from pipeline.stages.activations import Activations, ActivationsSpec
+from pipeline.stages.baselines import Baselines
 from pipeline.stages.corrupt import Corrupt, CorruptSpec
 from pipeline.stages.detect import Detect, DetectSpec
 from pipeline.stages.embed import Embed, EmbedSpec
@@ -26,6 +27,7 @@ from pipeline.stages.fit_head import FitHead, FitHeadSpec
 from pipeline.stages.fit_router import FitRouter, FitRouterSpec
 from pipeline.stages.import_models import ImportBase, ImportExperts, ImportSpec
 from pipeline.stages.index import Index, IndexSpec
+from pipeline.stages.method_list import BaselinesSpec
 from pipeline.stages.neighbours import Neighbours, NeighboursSpec
 from pipeline.stages.pairs import Pairs, PairsSpec
 from pipeline.stages.report import Report, ReportSpec
@@ -62,6 +64,7 @@ class Config(Spec):
     neighbours: NeighboursSpec = NeighboursSpec()
     score: ScoreSpec = ScoreSpec()
     threshold: ThresholdSpec = ThresholdSpec()
+    activations: ActivationsSpec = ActivationsSpec()
     baselines: BaselinesSpec = BaselinesSpec()
     fit_router: FitRouterSpec = FitRouterSpec()
     export: ExportSpec = ExportSpec()
@@ -131,6 +134,7 @@ STAGES: tuple[type[Stage], ...] = (
     Score,
     Threshold,
     Pairs,
+    Activations,
     Baselines,
     FitRouter,
     Export,
@@ -285,6 +289,12 @@ class Workflow:
             Score(config.score, self._resources("score")),
             Threshold(config.threshold, self._resources("threshold")),
             Pairs(PairsSpec(), self._resources("pairs")),
+            Activations(
+                config.activations,
+                self._resources("activations"),
+                seed,
+                wanted=any(entry.uses_activations for entry in config.baselines.entries()),
+            ),
             Baselines(config.baselines, self._resources("baselines"), seed),
             FitRouter(config.fit_router, self._resources("fit_router"), seed),
             Export(config.export, self._resources("export")),

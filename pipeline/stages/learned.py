@@ -1,54 +1,68 @@
-"""What the competitors that learn are given: AdaMerging its unlabelled batches, Twin-Merging its supervised router.
+"""Runners of the competitors that learn: coefficients on unlabelled batches, and routers.
 
-Shape letters: B batch, C classes, K experts, W token width.
+Shape letters: B batch, K experts, W token width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from bd_core.methods import AdaMerging, adamerging
+from bd_core.methods import twin_merging
 from bd_core.router import Router
-from pipeline.backbones.open_clip import Backbone
-from pipeline.stages.images import PoolImages
-from pipeline.stages.models import Experts
-from pipeline.training.context import TrainingContext
-from pipeline.training.loop import History, optimise, step_generator
+from pipeline.formats.checkpoints import write_safetensors
+from pipeline.stages.cost import watched
+from pipeline.stages.job import Job
+from pipeline.stages.merged_files import write_routed, write_static
+from pipeline.stages.model_card import PRETRAINED
+from pipeline.store import Store
+from pipeline.training.context import LocalContext, TrainingContext
+from pipeline.training.history import write_history
+from pipeline.training.loop import History, optimise
 
 TWIN_STEPS, TWIN_BATCH, TWIN_LEARNING_RATE = 300, 256, 1e-3
 
 
-def fit_adamerging(
-    backbone: Backbone,
-    experts: Experts,
-    heads: Mapping[str, Tensor],
-    images: PoolImages,
-    task_rows: Mapping[str, Tensor],
-    *,
-    seed: int,
-    batch_per_task: int,
-    parameters: Mapping[str, Any],
-) -> AdaMerging:
-    """Layer-wise AdaMerging on the same unlabelled pool that BD-Merging's router is fitted on."""
+def fit_coefficients(job: Job) -> None:
+    """AdaMerging in any form: on the same unlabelled pool that BD-Merging's router is fitted on."""
+    with watched(job.report, "forward_backward"):
+        found = job.entry.method.function(
+            job.experts.base_state, job.experts.states, **job.parameters, **job.inputs.given(job.entry.data)
+        )
+    job.report.metrics |= {"steps": float(len(found.history)), "converged": float(found.converged)}
+    write_static(job.directory, found.merged, job.recipe)
+    write_history(job.directory / "history.parquet", [{"step": i, "loss": v} for i, v in enumerate(found.history)])
 
-    def logits(state: dict[str, Tensor], pixels: Tensor, task: str) -> Tensor:
-        features = functional_call(backbone.visual, state, (backbone.normalise(pixels),))
-        return backbone.logit_scale * nn.functional.normalize(features, dim=-1) @ heads[task].T
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        step = 0
-        while True:
-            generator = step_generator(seed, step)
-            yield {
-                task: images[rows[torch.randint(len(rows), (batch_per_task,), generator=generator)]]
-                for task, rows in task_rows.items()
-            }
-            step += 1
-
-    return adamerging(experts.base_state, experts.states, logits=logits, batches=batches(), **parameters)
+def twin(job: Job) -> None:
+    """Twin-Merging: shared and exclusive parts, and a router that is told the task of every training image."""
+    experts, pool = job.experts, job.inputs.pool
+    with watched(job.report, "forward_backward"):
+        parts = twin_merging(experts.base_state, experts.states, **job.parameters)
+        router, history = fit_twin_router(
+            pool.tokens(),
+            [experts.tasks.index(task) for task in pool.tasks()],
+            experts.count,
+            seed=job.seed,
+            context=LocalContext(Store.state_beside(job.directory)),
+        )
+    job.report.metrics |= {"router_task_accuracy": history[-1]["task_accuracy"]}
+    config: dict[str, Any] = {
+        "width": router.width,
+        "experts": list(experts.tasks),
+        "n_groups": 1,
+        "groups": ["all layers"],
+        "hidden": None,
+        "kind": "mlp",
+        "null_expert": False,
+    }
+    group_of = dict.fromkeys(experts.groups.index, 0)
+    # Its vectors are added to a shared model, and its router reads the tokens of theta_0.
+    write_safetensors(job.directory / PRETRAINED, experts.base_state)
+    recipe = job.recipe | {"router": config, "group_of": group_of}
+    write_routed(job.directory, parts.shared, parts.exclusive.expanded(), router, recipe)
+    write_history(job.directory / "history.parquet", history)
 
 
 def fit_twin_router(

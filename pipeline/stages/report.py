@@ -35,6 +35,7 @@ class Report(Stage):
         "score",
         "threshold",
         "pairs",
+        "activations",
         "baselines",
         "fit_router",
         "export",

@@ -1,0 +1,140 @@
+"""Which methods are compared with, by configuration: any list of them, the same one as often as its settings differ."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from bd_core.methods import METHODS, Method
+from bd_core.methods.adamerging import check_settings as check_adamerging
+from bd_core.methods.registry import DATA, check_parameters, find_method
+from pipeline.config import Spec
+
+DEFAULT_METHODS: dict[str, dict[str, Any]] = {
+    "weight_average": {},
+    "task_arithmetic": {},
+    "ties": {},
+    "adamerging": {},
+    "twin_merging": {},
+}
+NAME = r"^(?!pretrained$|experts$|bd_)[a-z0-9][a-z0-9_]{0,40}$"
+CHECKS: dict[str, Callable[..., None]] = {"adamerging": check_adamerging}  # of methods that begin with a fit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison: a method with its parameters under a name of its own."""
+
+    name: str
+    method: Method
+    parameters: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The method's; where the entry has another name than its method, with what was set."""
+        if self.name == self.method.name:
+            return self.method.title
+        said = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        return f"{self.method.title} ({said or self.name})"
+
+    @property
+    def data(self) -> frozenset[str]:
+        """What it is given beside checkpoints, by the names of the function's arguments."""
+        return DATA & {*self.method.required, *self.method.defaults}
+
+    @property
+    def uses_activations(self) -> bool:
+        """Whether it wants the experts' Gram matrices."""
+        return bool(self.data & {"grams", "squares"})
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether it wants labelled validation images."""
+        return self.method.need == "labelled validation"
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether it wants the auxiliary images or their tokens."""
+        return self.uses_labels or self.method.need in ("unlabelled batches", "task labels")
+
+    @property
+    def learns(self) -> bool:
+        """Whether more than arithmetic on checkpoints is done, which takes long."""
+        return self.uses_images
+
+
+class BaselinesSpec(Spec):
+    """The methods beside BD-Merging, by name with their parameters."""
+
+    methods: dict[str, dict[str, Any]] = Field(
+        default=DEFAULT_METHODS,
+        description="{name: {parameter: value}}; `method` beside the parameters where the name is another",
+    )
+    batch_per_task: int = Field(default=16, ge=1, description="of methods fitted on batches; AdaMerging's code's")
+    validation_per_task: int = Field(
+        default=32, ge=1, description="labelled train images a task, for methods that need a validation split; ours"
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _usable(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: _checked(name, given) for name, given in methods.items()}
+
+    def entries(self) -> list[Entry]:
+        """The methods as configured."""
+        return [entry_of(name, given) for name, given in self.methods.items()]
+
+
+def entry_of(name: str, given: Mapping[str, Any]) -> Entry:
+    """The entry of one line of the configuration."""
+    parameters = {key: value for key, value in given.items() if key != "method"}
+    return Entry(name, find_method(METHODS, str(given.get("method", name))), parameters)
+
+
+def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The line with numbers as the method wants them; ValueError for one that could not be run."""
+    entry = entry_of(name, given)
+    if not re.match(NAME, name):
+        raise ValueError(
+            f"{name!r} cannot name a method's row: letters a-z, digits and _, not `pretrained`, `experts` or `bd_...`; "
+            f"rename it, as in `my_{entry.method.name}: {{method: {entry.method.name}}}`"
+        )
+    if entry.method.experts != "checkpoints":
+        raise ValueError(
+            f"{name}: {entry.method.name} merges LoRA {entry.method.experts}, and a run's experts are whole "
+            "checkpoints; merge adapters with `bd-merge merge`"
+        )
+    check_parameters(entry.method, {**dict.fromkeys(entry.data), **entry.parameters})
+    # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
+    exact = {
+        key: float(value) if isinstance(entry.method.defaults.get(key), float) and type(value) is int else value
+        for key, value in entry.parameters.items()
+    }
+    _try(entry.method, exact)
+    return ({"method": given["method"]} if "method" in given else {}) | exact
+
+
+def _try(method: Method, parameters: Mapping[str, Any]) -> None:
+    """Begin to merge two models of four numbers, so that a value out of range is told before the first image is read.
+
+    Only begin: parameters are looked at first. Not even one step of a fit: torch takes seconds to load what an
+    optimiser needs, and `plan` waits for this.
+    """
+    base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
+    stand_ins = {"grams": {"weight": torch.eye(2).expand(2, 2, 2)}, "squares": {}, "validate": _no_accuracy}
+    given = {name: value for name, value in stand_ins.items() if name in (*method.required, *method.defaults)}
+    try:
+        if method.name in CHECKS:
+            CHECKS[method.name](**parameters)
+        else:
+            method.function(base, experts, **given, **parameters)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{method.name} with {dict(parameters)}: {error}; correct it") from None
+
+
+def _no_accuracy(state: Mapping[str, Tensor]) -> Tensor:
+    return torch.zeros(2)
