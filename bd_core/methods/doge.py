@@ -173,7 +173,9 @@ def _minimised(
     for _ in range(steps):
         along_MKO = torch.einsum("mkoi,moi->mko", vectors_MKOI, delta_MOI)
         pull_MKO = -2 * weight_M11 * (c_MKO - weight_M11 * along_MKO)
-        gradient_MOI = torch.einsum("mko,mkoi->moi", pull_MKO, vectors_MKOI)
+        gradient_MOI = torch.zeros_like(delta_MOI)
+        for k in range(vectors_MKOI.shape[1]):  # an einsum here would copy all task vectors
+            gradient_MOI.addcmul_(pull_MKO[:, k, :, None], vectors_MKOI[:, k])
         delta_MOI.grad = gradient_MOI.sub_(shared_MOR @ (shared_MOR.mT @ gradient_MOI))
         optimiser.step()
     return delta_MOI
