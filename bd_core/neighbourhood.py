@@ -1,10 +1,10 @@
-"""Which samples are near which: a radius graph over unit features, exact, made block by block.
+"""Which samples are near which: radius graphs over unit features, exact, made block by block.
 
 Shapes: N samples (the queries, or anchors), M base rows, D width, E edges, A anchors.
 
-Rounding: cosines are float32 products of float32 features and are compared as they come out, so they are good to about
-1e-6. A pair that near the radius can fall on either side, and differently for other block sizes or devices; cosines of
-equal or opposite vectors can come out as 1 or -1 give or take 1e-7, and are not clamped.
+Which pairs are edges depends on their two rows and the radius alone (see `radius_scan.py`), not on blocks, devices or
+dtypes of the product, and an edge is found from both its ends. Its cosine is a float32 product, good to 1e-6; cosines
+of equal or opposite vectors can come out as 1 or -1 give or take 1e-7, and are not clamped.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,22 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from bd_core.checks import check_features
+from bd_core.radius_choice import adaptive_min_cosine, calibrate_min_cosine
+from bd_core.radius_scan import BLOCK_COLUMNS, Hits, check_query, exact_cosine, place_csr, rounding_bound, scan, spans
 
-BLOCK_COLUMNS = 16384
-ROUNDING = 1e-6  # calibrated radii are lowered by it, so that the edges they were made for survive another block size
+__all__ = [
+    "Neighbourhoods",
+    "adaptive_min_cosine",
+    "calibrate_min_cosine",
+    "exact_cosine",
+    "radius_graph",
+    "radius_graph_between",
+    "radius_graph_parts",
+    "rounding_bound",
+]
+
+CPU_ROWS, GPU_ROWS = 2048, 16384  # queries of a block
+CHECKED_EDGES = 2**22  # edges whose order is checked at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +64,25 @@ class Neighbourhoods:
                 f"Neighbourhoods: cosine has shape {tuple(self.cosine.shape)} or nan/inf for {n_edges} neighbours; "
                 "give one finite cosine an edge"
             )
-        anchor_E = self.anchors()
-        falling = (neighbours.diff() <= 0) & (anchor_E.diff() == 0)
-        if n_edges and (neighbours.min() < 0 or falling.any()):
-            place = int(falling.nonzero()[0]) + 1 if falling.any() else int(neighbours.argmin())
+        if n_edges and (place := self._first_bad_neighbour()) is not None:
+            anchor = int(torch.searchsorted(offsets, place, right=True)) - 1
             raise ValueError(
-                f"Neighbourhoods: neighbours[{place}] = {int(neighbours[place])} of anchor {int(anchor_E[place])} is "
+                f"Neighbourhoods: neighbours[{place}] = {int(neighbours[place])} of anchor {anchor} is "
                 "negative or not above the one before it; sort each anchor's neighbours and drop duplicates"
             )
+
+    def _first_bad_neighbour(self) -> int | None:
+        """The first edge that is negative or not above the one before it of the same anchor; None if there is none."""
+        if self.neighbours.min() < 0:
+            return int(self.neighbours.argmin())
+        for start in range(1, len(self.neighbours), CHECKED_EDGES):
+            falling = self.neighbours[start - 1 : start + CHECKED_EDGES].diff() <= 0
+            ends = torch.tensor([start, start + len(falling)], device=falling.device)
+            first, last = torch.searchsorted(self.offsets, ends).tolist()
+            falling[self.offsets[first:last] - start] = False  # where an anchor begins
+            if falling.any():
+                return start + int(falling.nonzero()[0])
+        return None
 
     @cached_property
     def degree(self) -> Int64[Tensor, " A"]:
@@ -92,145 +115,141 @@ def radius_graph(
     *,
     base_MD: Float[Tensor, "M D"] | None = None,
     self_rows: Int64[Tensor, " N"] | None = None,
-    block_rows: int = 1024,
+    block_rows: int | None = None,
+    product: torch.dtype = torch.float32,
 ) -> Neighbourhoods:
     """The neighbours of every query: all base rows with cosine >= min_cosine (inclusive, as float32), itself excluded.
 
-    min_cosine is one number or one a query (see `adaptive_min_cosine`). Without a base, the queries are the base. With
-    one, self_rows[i] is the row of the base that is query i itself, or -1; None says no query is in the base. A
-    query's duplicates are neighbours like any other. Memory beside in- and output: block_rows x BLOCK_COLUMNS cosines.
+    min_cosine is one number or one a query (see `adaptive_min_cosine`). Without a base, the queries are the base, and
+    each pair is multiplied once for both its edges. With one, self_rows[i] is the row of the base that is query i
+    itself, or -1; None says no query is in the base. A query's duplicates are neighbours like any other. `product` is
+    the dtype of the matrix product; with bfloat16 it picks candidates for the same edges. Memory beside in- and
+    output: the graph once more, and block_rows x BLOCK_COLUMNS cosines where the compiled kernel does not run.
 
     Raises ValueError for empty, not finite or unnormalised features, shapes that do not fit, or min_cosine outside
     [-1, 1].
     """
-    base_MD, self_rows = _check_query("radius_graph", features_ND, base_MD, self_rows, block_rows)
-    n_queries = len(features_ND)
-    threshold = torch.as_tensor(min_cosine, dtype=torch.float32, device=features_ND.device)
-    if threshold.shape not in ((), (n_queries,)) or not ((threshold >= -1) & (threshold <= 1)).all():
+    parts = radius_graph_parts(
+        features_ND, min_cosine, base_MD=base_MD, self_rows=self_rows, block_rows=block_rows, product=product
+    )
+    degrees, neighbours, cosines = [], [], []
+    for _, part in parts:
+        degrees.append(part.degree)
+        neighbours.append(part.neighbours)
+        cosines.append(part.cosine)
+    degree_N = torch.cat(degrees)
+    offsets = torch.cat([degree_N.new_zeros(1), degree_N.cumsum(0)])
+    neighbours_E = torch.cat(neighbours)
+    neighbours.clear()  # one copy of the graph at a time
+    return Neighbourhoods(offsets=offsets, neighbours=neighbours_E, cosine=torch.cat(cosines))
+
+
+def radius_graph_parts(
+    features_ND: Float[Tensor, "N D"],
+    min_cosine: float | Float[Tensor, " N"],
+    *,
+    base_MD: Float[Tensor, "M D"] | None = None,
+    self_rows: Int64[Tensor, " N"] | None = None,
+    block_rows: int | None = None,
+    product: torch.dtype = torch.float32,
+    mirror: bool = True,
+) -> Iterator[tuple[slice, Neighbourhoods]]:
+    """`radius_graph` a block of queries at a time, in order: which queries, and their neighbours in the whole base.
+
+    Without a base, edges that were found from the other end wait for their block: up to a quarter of the graph.
+    mirror=False multiplies each pair twice and keeps nothing, for graphs too dense for that.
+    """
+    place = "radius_graph"
+    base, own_N = check_query(place, features_ND, base_MD, self_rows, block_rows)
+    radius_N = _radii(place, min_cosine, features_ND, "a query")
+    size = _block_rows(features_ND, block_rows)
+    if base_MD is None and mirror:
+        return _mirrored_parts(features_ND.float(), radius_N, size, product)
+    base = base.float()
+    features = base if base_MD is None else features_ND.float()
+    return _parts(features, base, own_N, radius_N, size, product)
+
+
+def radius_graph_between(
+    features_ND: Float[Tensor, "N D"],
+    other_MD: Float[Tensor, "M D"],
+    min_cosine: float | Float[Tensor, " N"],
+    other_min_cosine: float | Float[Tensor, " M"] | None = None,
+    *,
+    block_rows: int | None = None,
+    product: torch.dtype = torch.float32,
+) -> tuple[Neighbourhoods, Neighbourhoods]:
+    """The edges from `features` into `other` and those from `other` into `features`, multiplied once for both.
+
+    For two partitions of one pool that share no sample: with the graph of each partition itself, they make up the
+    graph of the pool. other_min_cosine None takes min_cosine, which must then be one number. An edge has the same
+    cosine whichever side it is found from.
+
+    Raises ValueError as `radius_graph`.
+    """
+    place = "radius_graph_between"
+    _, none_N = check_query(place, features_ND, other_MD, None, block_rows)
+    radius_N = _radii(place, min_cosine, features_ND, "a row of features")
+    radius_M = _radii(place, min_cosine if other_min_cosine is None else other_min_cosine, other_MD, "a row of other")
+    features, other, size = features_ND.float(), other_MD.float(), _block_rows(features_ND, block_rows)
+    found, back = [], []
+    for rows in spans(len(features), size):
+        there, here = scan(
+            features[rows], other, radius_N[rows], own_Q=none_N[rows], base_radius_M=radius_M, product=product
+        )
+        found.append(place_csr([there], rows.stop - rows.start, features.device))
+        for start, hits in zip(range(0, len(other), BLOCK_COLUMNS), here, strict=True):
+            back.append(Hits(hits.row + start, hits.column, hits.cosine, rows.start))
+    degree_N = torch.cat([offsets.diff() for offsets, _, _ in found])
+    there_graph = Neighbourhoods(
+        torch.cat([degree_N.new_zeros(1), degree_N.cumsum(0)]),
+        torch.cat([neighbours for _, neighbours, _ in found]),
+        torch.cat([cosine for _, _, cosine in found]),
+    )
+    return there_graph, Neighbourhoods(*place_csr(back, len(other), features.device))
+
+
+def _parts(
+    features: Tensor, base: Tensor, own_N: Tensor, radius_N: Tensor, size: int, product: torch.dtype
+) -> Iterator[tuple[slice, Neighbourhoods]]:
+    for rows in spans(len(features), size):
+        hits, _ = scan(features[rows], base, radius_N[rows], own_Q=own_N[rows], product=product)
+        yield rows, Neighbourhoods(*place_csr([hits], rows.stop - rows.start, features.device))
+
+
+def _mirrored_parts(
+    features: Tensor, radius_N: Tensor, size: int, product: torch.dtype
+) -> Iterator[tuple[slice, Neighbourhoods]]:
+    """Blocks on and above the diagonal; what they find for later blocks waits there, so that neighbours come rising."""
+    blocks = list(spans(len(features), size))
+    waiting: list[list[Hits]] = [[] for _ in blocks]
+    for first, rows in enumerate(blocks):
+        there, back = scan(
+            features[rows],
+            features,
+            radius_N[rows],
+            base_radius_M=radius_N,
+            first_query=rows.start,
+            block=size,
+            product=product,
+        )
+        for to, hits in zip(waiting[first:], back, strict=True):
+            to.append(Hits(hits.row, hits.column, hits.cosine, rows.start))
+        parts = [*waiting[first], there]
+        waiting[first] = []
+        yield rows, Neighbourhoods(*place_csr(parts, rows.stop - rows.start, features.device))
+
+
+def _radii(place: str, min_cosine: float | Tensor, features: Tensor, each: str) -> Tensor:
+    """One float32 radius a row, after checking the number or numbers given."""
+    radius = torch.as_tensor(min_cosine, dtype=torch.float32, device=features.device)
+    if radius.shape not in ((), (len(features),)) or not ((radius >= -1) & (radius <= 1)).all():
         raise ValueError(
-            f"radius_graph: min_cosine = {min_cosine}, needs one number in [-1, 1] or {n_queries}, one a query; "
+            f"{place}: min_cosine = {min_cosine}, needs one number in [-1, 1] or {len(features)}, one {each}; "
             "get one from calibrate_min_cosine or adaptive_min_cosine"
         )
-    threshold_N1 = threshold.expand(n_queries)[:, None]
-    degree_N = torch.zeros(n_queries, dtype=torch.int64, device=features_ND.device)
-    neighbours, cosines = [], []
-    for rows in _spans(n_queries, block_rows):
-        anchor_parts, neighbour_parts, cosine_parts = [], [], []
-        for first_column, cosine in _cosine_blocks(features_ND, base_MD, self_rows, rows):
-            anchor, column = (cosine >= threshold_N1[rows]).nonzero(as_tuple=True)
-            anchor_parts.append(anchor)
-            neighbour_parts.append(column + first_column)
-            cosine_parts.append(cosine[anchor, column])
-        anchor_E = torch.cat(anchor_parts)
-        order_E = anchor_E.argsort(stable=True)  # column blocks came in order: a stable sort keeps neighbours ascending
-        neighbours.append(torch.cat(neighbour_parts)[order_E])
-        cosines.append(torch.cat(cosine_parts)[order_E])
-        degree_N[rows] = torch.bincount(anchor_E, minlength=rows.stop - rows.start)
-    offsets = torch.cat([degree_N.new_zeros(1), degree_N.cumsum(0)])
-    return Neighbourhoods(offsets=offsets, neighbours=torch.cat(neighbours), cosine=torch.cat(cosines))
+    return radius.expand(len(features)).contiguous()
 
 
-def calibrate_min_cosine(
-    features_ND: Float[Tensor, "N D"],
-    *,
-    max_isolated: float,
-    sample: int,
-    generator: torch.Generator,
-    block_rows: int = 1024,
-) -> float:
-    """The smallest global radius, as a cosine, under which at most a share max_isolated of the samples is isolated.
-
-    Ours: the paper's radius is not published, and a mean degree is a bad guide where densities differ. The share is
-    measured on `sample` rows drawn with the (CPU) generator, or on all if there are no more, against all rows.
-
-    Raises ValueError for features as `radius_graph`, fewer than two rows, or max_isolated outside [0, 1).
-    """
-    if not 0 <= max_isolated < 1:
-        raise ValueError(f"calibrate_min_cosine: max_isolated = {max_isolated}, needs a share in [0, 1); try 0.01")
-    if sample < 1 or len(features_ND) < 2:
-        raise ValueError(
-            f"calibrate_min_cosine: sample = {sample} of {len(features_ND)} rows, needs at least 1 of 2; add samples"
-        )
-    drawn = torch.arange(len(features_ND))
-    if sample < len(features_ND):
-        drawn = torch.randperm(len(features_ND), generator=generator)[:sample]
-    drawn = drawn.to(features_ND.device)
-    nearest = _kth_cosine("calibrate_min_cosine", features_ND[drawn], 1, features_ND, drawn, block_rows)
-    allowed = int(max_isolated * len(nearest))
-    return nearest.sort().values[allowed].item()
-
-
-def adaptive_min_cosine(
-    features_ND: Float[Tensor, "N D"],
-    target_degree: int,
-    base_MD: Float[Tensor, "M D"] | None = None,
-    *,
-    self_rows: Int64[Tensor, " N"] | None = None,
-    block_rows: int = 1024,
-) -> Float32[Tensor, " N"]:
-    """One radius a query, as a cosine, under which it has target_degree neighbours, or more where distances are equal.
-
-    Ours: the cosine of the target_degree-th nearest other row, for `radius_graph` with the same base and self_rows.
-
-    Raises ValueError for features as `radius_graph`, or when the base has fewer than target_degree other rows.
-    """
-    return _kth_cosine("adaptive_min_cosine", features_ND, target_degree, base_MD, self_rows, block_rows)
-
-
-def _kth_cosine(
-    place: str, features: Tensor, k: int, base: Tensor | None, self_rows: Tensor | None, block_rows: int
-) -> Tensor:
-    """The k-th largest cosine of every query to another base row, lowered by ROUNDING and kept in [-1, 1]."""
-    base, self_rows = _check_query(place, features, base, self_rows, block_rows)
-    others = len(base) - int((self_rows >= 0).any())
-    if not 1 <= k <= others:
-        raise ValueError(f"{place}: {k} neighbours asked for, {others} other rows in the base; choose 1 to {others}")
-    kth = []
-    for rows in _spans(len(features), block_rows):
-        top = features.new_empty((rows.stop - rows.start, 0), dtype=torch.float32)
-        for _, cosine in _cosine_blocks(features, base, self_rows, rows):
-            top = torch.cat([top, cosine.topk(min(k, cosine.shape[1]), dim=1).values], dim=1)
-            top = top.topk(min(k, top.shape[1]), dim=1).values
-        kth.append(top[:, k - 1])
-    return (torch.cat(kth) - ROUNDING).clamp(-1, 1)
-
-
-def _cosine_blocks(
-    features: Tensor, base: Tensor, self_rows: Tensor, rows: slice
-) -> Iterator[tuple[int, Float32[Tensor, "rows columns"]]]:
-    """First column and cosines of these queries with each block of the base; a query's own row is -inf."""
-    query = features[rows].float()
-    for columns in _spans(len(base), BLOCK_COLUMNS):
-        cosine = query @ base[columns].float().T
-        own = self_rows[rows] - columns.start
-        here = ((own >= 0) & (own < cosine.shape[1])).nonzero()[:, 0]
-        cosine[here, own[here]] = -torch.inf
-        yield columns.start, cosine
-
-
-def _spans(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
-def _check_query(
-    place: str, features: Tensor, base: Tensor | None, self_rows: Tensor | None, block_rows: int
-) -> tuple[Tensor, Tensor]:
-    """The base and each query's own row in it (-1: none), after checking that everything fits."""
-    check_features(features, f"{place}, queries")
-    if block_rows < 1:
-        raise ValueError(f"{place}: block_rows = {block_rows}, needs at least 1; the default is 1024")
-    if base is None:
-        if self_rows is not None:
-            raise ValueError(f"{place}: self_rows without a base; without a base a query's own row is known, drop them")
-        return features, torch.arange(len(features), device=features.device)
-    check_features(base, f"{place}, base")
-    if base.shape[1] != features.shape[1]:
-        raise ValueError(f"{place}: queries are {features.shape[1]} wide, base {base.shape[1]}; use one backbone's")
-    if self_rows is None:
-        return base, torch.full((len(features),), -1, device=features.device)
-    if self_rows.shape != features.shape[:1] or self_rows.min() < -1 or self_rows.max() >= len(base):
-        raise ValueError(
-            f"{place}: self_rows {self_rows} for {len(features)} queries and {len(base)} base rows, needs one row of "
-            "the base a query, or -1; pass the queries' positions in the base"
-        )
-    return base, self_rows
+def _block_rows(features: Tensor, block_rows: int | None) -> int:
+    return block_rows or (CPU_ROWS if features.device.type == "cpu" else GPU_ROWS)

@@ -1,6 +1,12 @@
-"""The radius graph against brute force, and radii calibrated from data. Shapes: N samples, M base rows, D width."""
+"""The radius graph against brute force, and radii chosen from data. Shapes: N samples, M base rows, D width.
+
+Everything holds for the compiled kernel, where this installation has one, and for torch.
+"""
 
 import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,10 +15,38 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bd_core import neighbourhood
-from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, calibrate_min_cosine, radius_graph
+from bd_core import radius_choice, radius_scan
+from bd_core.graph_kernel import graph_kernel_name
+from bd_core.neighbourhood import (
+    Neighbourhoods,
+    adaptive_min_cosine,
+    calibrate_min_cosine,
+    exact_cosine,
+    radius_graph,
+    radius_graph_between,
+    radius_graph_parts,
+    rounding_bound,
+)
 
+ENGINES = st.sampled_from(["kernel", "torch"])
+# The kernel's cosines do not depend on blocks at all.
+CLOSE = {"kernel": 0.0 if graph_kernel_name() != "torch" else 1e-6, "torch": 1e-6}
 NEAR = 1e-5  # a float32 cosine this close to the radius may fall on either side
+
+
+@contextmanager
+def running(engine: str) -> Iterator[None]:
+    """The kernel if there is one, or torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "torch":
+            patch.setattr(radius_scan, "kernel_runs", lambda *tensors: False)
+        yield
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running(request.param):
+        yield request.param
 
 
 @st.composite
@@ -35,6 +69,16 @@ def clouds(draw: st.DrawFn, min_size: int = 1) -> Tensor:
     return rows
 
 
+def joined(parts: Iterable[tuple[slice, Neighbourhoods]]) -> Neighbourhoods:
+    graphs = [part for _, part in parts]
+    degree = torch.cat([part.degree for part in graphs])
+    return Neighbourhoods(
+        torch.cat([degree.new_zeros(1), degree.cumsum(0)]),
+        torch.cat([part.neighbours for part in graphs]),
+        torch.cat([part.cosine for part in graphs]),
+    )
+
+
 def check_against_brute_force(
     graph: Neighbourhoods, query: Tensor, base: Tensor, radius: list[float], own: list[int]
 ) -> None:
@@ -54,11 +98,12 @@ def check_against_brute_force(
                 assert j in found
 
 
-@given(clouds(), st.floats(-1, 1), st.integers(1, 30), st.integers(1, 30))
-def test_self_graph_is_brute_force(features: Tensor, min_cosine: float, block_rows: int, columns: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbourhood, "BLOCK_COLUMNS", columns)
-        graph = radius_graph(features, min_cosine, block_rows=block_rows)
+@given(clouds(), st.floats(-1, 1), st.integers(1, 30), ENGINES, st.booleans())
+def test_self_graph_is_brute_force(
+    features: Tensor, min_cosine: float, block_rows: int, engine: str, mirror: bool
+) -> None:
+    with running(engine):
+        graph = joined(radius_graph_parts(features, min_cosine, block_rows=block_rows, mirror=mirror))
     n = len(features)
     check_against_brute_force(graph, features, features, [min_cosine] * n, list(range(n)))
     assert graph.cosine.dtype == torch.float32
@@ -67,8 +112,13 @@ def test_self_graph_is_brute_force(features: Tensor, min_cosine: float, block_ro
     assert graph.isolated_share == graph.n_isolated / n
 
 
-@given(clouds(min_size=2), st.integers(0, 2**32), st.integers(1, 30))
-def test_queries_against_a_base_with_a_radius_each(base: Tensor, seed: int, block_rows: int) -> None:
+@given(clouds(min_size=2), st.integers(0, 2**32), st.integers(1, 30), ENGINES)
+def test_queries_against_a_base_with_a_radius_each(base: Tensor, seed: int, block_rows: int, engine: str) -> None:
+    with running(engine):
+        check_queries_against_a_base(base, seed, block_rows)
+
+
+def check_queries_against_a_base(base: Tensor, seed: int, block_rows: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     own = torch.randint(len(base), (5,), generator=generator)
     radius = torch.rand(5, generator=generator) * 2 - 1
@@ -81,13 +131,156 @@ def test_queries_against_a_base_with_a_radius_each(base: Tensor, seed: int, bloc
     check_against_brute_force(mixed, base[own], base, radius.tolist(), own.tolist())
 
 
-def test_a_shard_against_the_whole_is_its_part_of_the_self_graph() -> None:
-    features = normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    whole = radius_graph(features, 0.2)
-    part = radius_graph(features[10:20], 0.2, base_MD=features, self_rows=torch.arange(10, 20))
-    start, stop = whole.offsets[10], whole.offsets[20]
-    assert torch.equal(part.neighbours, whole.neighbours[start:stop])
-    assert torch.equal(part.offsets, whole.offsets[10:21] - start)
+def cluster_rows(n: int, width: int, seed: int = 0, n_clusters: int = 40, spread: float = 0.7) -> Tensor:
+    """Unit rows [n, width] around centres of very different numbers of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = normalize(torch.randn(n_clusters, width, generator=generator), dim=1)
+    which = (n_clusters * torch.rand(n, generator=generator) ** 3).long()
+    noise = torch.randn(n, width, generator=generator) * spread / width**0.5
+    return normalize(centres[which] + noise, dim=1)
+
+
+def same(first: Neighbourhoods, second: Neighbourhoods, atol: float = 0.0) -> None:
+    """The same edges, and cosines equal to atol."""
+    assert torch.equal(first.offsets, second.offsets) and torch.equal(first.neighbours, second.neighbours)
+    torch.testing.assert_close(first.cosine, second.cosine, rtol=0, atol=atol)
+
+
+def by_the_rule(query: Tensor, base: Tensor, radius: float | Tensor, first_own: int | None = None) -> Neighbourhoods:
+    """Every pair in float64, rounded to float32 and compared: the rule, with all cosines at once."""
+    cosine = (query.double() @ base.double().T).float()
+    inside = cosine >= torch.as_tensor(radius, dtype=torch.float32).expand(len(query))[:, None]
+    if first_own is not None:
+        inside &= torch.arange(len(base)) != first_own + torch.arange(len(query))[:, None]
+    row, column = inside.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), inside.sum(1).cumsum(0)])
+    return Neighbourhoods(offsets, column, cosine[row, column])
+
+
+# More rows than a block and a chunk of the kernel, wider than its depth, and neither a multiple of its tiles.
+@pytest.mark.parametrize(("n", "width", "radius"), [(1301, 300, 0.6), (4999, 13, 0.9), (700, 17, 0.1)])
+def test_large_self_graphs_follow_the_rule(engine: str, n: int, width: int, radius: float) -> None:
+    features = cluster_rows(n, width)
+    expected = by_the_rule(features, features, radius, first_own=0)
+    for parts in (
+        radius_graph_parts(features, radius),
+        radius_graph_parts(features, radius, block_rows=517),
+        radius_graph_parts(features, radius, mirror=False),
+    ):
+        same(joined(parts), expected, 1e-6)
+
+
+def test_one_radius_for_each_end(engine: str) -> None:
+    features = cluster_rows(1100, 40)
+    radius = 0.4 + 0.5 * torch.rand(1100, generator=torch.Generator().manual_seed(1))
+    same(radius_graph(features, radius, block_rows=300), by_the_rule(features, features, radius, first_own=0), 1e-6)
+
+
+def test_both_ends_have_one_cosine(engine: str) -> None:
+    features = cluster_rows(1500, 96)
+    graph = radius_graph(features, 0.6, block_rows=400)
+    order = (graph.neighbours * len(features) + graph.anchors()).argsort()
+    assert torch.equal(graph.neighbours[order], graph.anchors())
+    assert torch.equal(graph.cosine[order], graph.cosine)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_partitions_make_up_the_whole(engine: str, adaptive: bool) -> None:
+    """Each partition by itself and each two together once: what a graph that grows by shards is made of."""
+    features = cluster_rows(1400, 64)
+    radius = adaptive_min_cosine(features, 12) if adaptive else torch.tensor(0.6)
+    whole = radius_graph(features, radius if adaptive else 0.6)
+    bounds = [0, 300, 301, 900, 1400]
+    rows = [slice(a, b) for a, b in pairwise(bounds)]
+    radii = [radius[r] if adaptive else 0.6 for r in rows]
+    found: dict[tuple[int, int], Neighbourhoods] = {}
+    for i in range(4):
+        found[i, i] = radius_graph(features[rows[i]], radii[i])
+        for j in range(i + 1, 4):
+            found[i, j], found[j, i] = radius_graph_between(
+                features[rows[i]], features[rows[j]], radii[i], radii[j], block_rows=170
+            )
+    edges = {
+        (a + rows[i].start, b + rows[j].start): c
+        for (i, j), part in found.items()
+        for a, b, c in zip(part.anchors().tolist(), part.neighbours.tolist(), part.cosine.tolist(), strict=True)
+    }
+    pairs = zip(whole.anchors().tolist(), whole.neighbours.tolist(), strict=True)
+    expected = dict(zip(pairs, whole.cosine.tolist(), strict=True))
+    assert edges.keys() == expected.keys()
+    assert max(abs(edges[pair] - cosine) for pair, cosine in expected.items()) <= CLOSE[engine]
+
+
+def test_a_shard_against_the_whole_is_its_part_of_the_self_graph(engine: str) -> None:
+    features = cluster_rows(1300, 80)
+    whole = radius_graph(features, 0.6)
+    part = radius_graph(features[10:620], 0.6, base_MD=features, self_rows=torch.arange(10, 620))
+    start, stop = whole.offsets[10], whole.offsets[620]
+    expected = Neighbourhoods(whole.offsets[10:621] - start, whole.neighbours[start:stop], whole.cosine[start:stop])
+    same(part, expected, CLOSE[engine])
+
+
+def test_kernel_threads_and_torch_find_the_same() -> None:
+    features = cluster_rows(1200, 130)
+    graph = radius_graph(features, 0.6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if threads < 3 else 1)
+        same(radius_graph(features, 0.6), graph)
+    finally:
+        torch.set_num_threads(threads)
+    with running("torch"):
+        same(radius_graph(features, 0.6), graph, 1e-6)
+
+
+def test_a_coarse_product_finds_the_same_edges() -> None:
+    """The path of a GPU: bfloat16 picks candidates with its bound, float64 decides."""
+    features = cluster_rows(900, 64)
+    for radius in (0.5, 0.62, 1.0):
+        same(radius_graph(features, radius, product=torch.bfloat16), by_the_rule(features, features, radius, 0))
+    there, back = radius_graph_between(features[:200], features[200:], 0.6, product=torch.bfloat16)
+    same(there, by_the_rule(features[:200], features[200:], 0.6))
+    same(back, by_the_rule(features[200:], features[:200], 0.6))
+    with running("torch"):
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("medium")  # float32 products may now be less than that
+            same(radius_graph(features, 0.6), by_the_rule(features, features, 0.6, 0))
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    with pytest.raises(ValueError, match="no bound is known for products in"):
+        radius_graph(features, 0.6, product=torch.float16)
+
+
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+def test_products_are_within_their_bound(product: torch.dtype) -> None:
+    features = cluster_rows(300, 200)
+    found = (features.to(product) @ features.to(product).T).double()
+    error = (found - features.double() @ features.double().T).abs().max().item()
+    assert error < rounding_bound(200, product)
+
+
+def test_adversarial_sets(engine: str) -> None:
+    """Duplicates on the radius, a hub, opposite halves: whatever a float32 product comes out as."""
+    row = normalize(torch.randn(1, 200, generator=torch.Generator().manual_seed(0)), dim=1)
+    equal = row.repeat(300, 1)
+    on_the_radius = float((row[0].double() @ row[0].double()).float())
+    for radius, degree in ((-1.0, 299), (0.9, 299), (on_the_radius, 299), (on_the_radius + 1e-7, 0)):
+        if radius <= 1:
+            assert radius_graph(equal, radius).degree.unique().tolist() == [degree]
+    assert adaptive_min_cosine(equal, 5).sub(1).abs().max() < 1e-5
+    opposite = torch.cat([equal, -equal])
+    graph = radius_graph(opposite, 0.5)
+    assert graph.degree.unique().tolist() == [299] and (graph.cosine > 0.5).all()
+    hub = torch.cat([torch.eye(256)[:1], normalize(torch.eye(256)[1:] + torch.eye(256)[:1], dim=1)])
+    same(radius_graph(hub, 0.6), by_the_rule(hub, hub, 0.6, 0), 1e-6)
+    assert radius_graph(hub, 0.6).degree.tolist() == [255] + [1] * 255
+
+
+def test_exact_cosine_decides_between_back_ends() -> None:
+    features = cluster_rows(400, 50)
+    graph = by_the_rule(features, features, 0.5, 0)
+    assert torch.equal(exact_cosine(features, features, graph.anchors(), graph.neighbours), graph.cosine)
 
 
 # Every product of these rows is exact in float32, in any order of summation.
@@ -95,7 +288,7 @@ EXACT = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -0.5, -0.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_radius_is_inclusive(dtype: torch.dtype) -> None:
+def test_the_radius_is_inclusive(dtype: torch.dtype, engine: str) -> None:
     graph = radius_graph(EXACT.to(dtype), 0.5)
     assert graph.anchors().tolist() == [0, 0, 0, 1, 1, 2, 2, 4, 4, 4]
     assert graph.neighbours.tolist() == [1, 2, 4, 0, 4, 0, 4, 0, 1, 2]
@@ -104,7 +297,7 @@ def test_the_radius_is_inclusive(dtype: torch.dtype) -> None:
     assert radius_graph(EXACT.to(dtype), beyond).neighbours.tolist() == [4, 0]
 
 
-def test_the_whole_range_of_radii() -> None:
+def test_the_whole_range_of_radii(engine: str) -> None:
     assert radius_graph(EXACT, 1.0).neighbours.tolist() == [4, 0]  # a duplicate is a neighbour, a sample itself is not
     assert radius_graph(EXACT, -1.0).degree.tolist() == [4] * 5
     assert radius_graph(EXACT[:1], -1.0).n_isolated == 1
@@ -120,13 +313,14 @@ def test_samples_may_be_reordered() -> None:
     assert edges == {(other, anchor) for anchor, other in edges}
 
 
-@given(clouds(min_size=2), st.integers(1, 30), st.integers(1, 30), st.data())
+@given(clouds(min_size=2), st.integers(1, 30), st.integers(1, 30), ENGINES, st.data())
 def test_adaptive_radius_gives_the_target_degree(
-    features: Tensor, block_rows: int, columns: int, data: st.DataObject
+    features: Tensor, block_rows: int, columns: int, engine: str, data: st.DataObject
 ) -> None:
     target = data.draw(st.integers(1, len(features) - 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbourhood, "BLOCK_COLUMNS", columns)
+    with pytest.MonkeyPatch.context() as patch, running(engine):
+        patch.setattr(radius_choice, "FIRST_COLUMNS", columns)
+        patch.setattr(radius_choice, "MOST_COLUMNS", columns)
         radius = adaptive_min_cosine(features, target, block_rows=block_rows)
     assert radius.dtype == torch.float32
     for i, row in enumerate((features.double() @ features.double().T).tolist()):
@@ -201,7 +395,7 @@ def test_bad_arguments_are_named() -> None:
         (lambda: radius_graph(features, 1.5), "min_cosine = 1.5"),
         (lambda: radius_graph(features, float("nan")), "min_cosine = nan"),
         (lambda: radius_graph(features, 0.5, block_rows=0), "block_rows = 0"),
-        (lambda: inspect.unwrap(radius_graph)(features, 0.5, base_MD=torch.eye(3)), "queries are 4 wide, base 3"),
+        (lambda: inspect.unwrap(radius_graph_parts)(features, 0.5, base_MD=torch.eye(3)), "queries are 4 wide, base 3"),
         (lambda: radius_graph(features, 0.5, self_rows=torch.arange(5)), "self_rows without a base"),
         (
             lambda: radius_graph(features, 0.5, base_MD=features, self_rows=torch.arange(5) + 1),
