@@ -21,8 +21,23 @@ ORDER = (
     "weight_average",
     "task_arithmetic",
     "ties",
+    "dare",
+    "pcb",
+    "model_stock",
+    "tsv_m",
+    "iso_c",
+    "wudi",
+    "wudi_exact",
+    "ace",
+    "doge",
+    "regmean",
+    "lot",
+    "bmm",
+    "map",
     "adamerging",
+    "surgery",
     "twin_merging",
+    "wemoe",
     "bd_task",
     "bd_layer",
     "bd_task_static",
@@ -95,8 +110,9 @@ def _drop(clean: float | None, value: float | None) -> float | None:
 
 
 def display_order(model: str) -> tuple[int, str]:
-    """Sort key: references, baselines, ours; a method unknown here stands with the baselines."""
-    place = ORDER.index(model) if model in ORDER else ORDER.index("bd_task") - 1
+    """Sort key: references, baselines, ours. A row of another name stands behind the method it begins with, if any."""
+    known = [name for name in ORDER if model.startswith(name)]
+    place = ORDER.index(max(known, key=len)) if known else ORDER.index("bd_task") - 1
     return place, model
 
 

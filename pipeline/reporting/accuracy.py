@@ -9,13 +9,15 @@ from pipeline.reporting.headline import percent, signed
 from pipeline.reporting.markup import Html, details, join, note, table, tag
 from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.results import CLEAN, PROTOCOLS, ModelResult, Results, best_of
-from pipeline.reporting.style import Theme, canvas, method_line, only_horizontal
+from pipeline.reporting.style import OTHER_LINE, Theme, canvas, method_line, only_horizontal
 
 FOOTNOTES = {
     "pretrained": "reference: no expert used",
     "experts": "reference: K separate models, each on its own task",
-    "twin_merging": "its router is trained on task labels",
 }
+LABELS = {"task labels": "reads the task of each training image", "labelled validation": "reads validation labels"}
+OTHERS = "the other methods"
+DRAWN, ALONE = 7, 12  # of more methods than ALONE the best DRAWN have a colour and a name, the others are grey
 
 
 def main_tables(results: Results, numbers: Numbers) -> Html:
@@ -50,7 +52,7 @@ def _protocol_table(results: Results, protocol: str, numbers: Numbers) -> Html:
 
 def _method_cell(model: ModelResult, protocol: str | None = None) -> Html:
     """The method's name; with a protocol, also what it costs and what was lost by compression under that protocol."""
-    remark = FOOTNOTES.get(model.name)
+    remark = FOOTNOTES.get(model.name) or LABELS.get(str((model.method or {}).get("need")))
     cost = model.cost.get("extra_parameters")
     # Thin enough for a laptop: what a method costs stands below its name, not in a column of its own.
     under = [remark] if remark else []
@@ -141,6 +143,8 @@ def accuracy_figure(results: Results, gallery: Gallery) -> Html:
         for panel in panels:
             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
+        if OTHERS in handles:  # last, and once
+            handles[OTHERS] = handles.pop(OTHERS)
         figure.legend(list(handles.values()), list(handles), loc="outside right center")
         return figure
 
@@ -153,13 +157,24 @@ def accuracy_figure(results: Results, gallery: Gallery) -> Html:
     )
 
 
+def _in_colour(results: Results) -> set[str]:
+    """The models that keep a line of their own: all, or where they are many the bounds, ours and the best others."""
+    if len(results.models) <= ALONE:
+        return {model.name for model in results.models}
+    others = [model for model in results.contenders if not model.ours]
+    best = sorted(others, key=lambda model: -(model.corrupted("task_known") or 0.0))[:DRAWN]
+    return {model.name for model in results.models if model not in others or model in best}
+
+
 def _draw_lines(axes: Axes, results: Results, protocol: str, theme: Theme) -> None:
     places = range(len(results.levels))
+    named = _in_colour(results)
     for index, model in enumerate(results.models):
         values = [model.mean(protocol, level) for level in results.levels]
         if all(value is None for value in values):
             continue
-        line = method_line(model.name, index)
+        own = model.name in named
+        line = method_line(model.name, index) if own else OTHER_LINE
         axes.plot(
             places,
             [float("nan") if value is None else 100 * value for value in values],
@@ -168,8 +183,8 @@ def _draw_lines(axes: Axes, results: Results, protocol: str, theme: Theme) -> No
             markersize=5.5,
             linestyle=line.dash,
             linewidth=line.width,
-            label=model.title,
-            zorder=3 if model.ours else 2,
+            label=model.title if own else OTHERS,
+            zorder=3 if model.ours else 2 if own else 1,
         )
     axes.set_xticks(list(places), results.levels)
     axes.margins(x=0.06)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.reporting import accuracy, calibration, graph, losses, pairs, router, timing, trust, used
+from pipeline.reporting import accuracy, calibration, graph, losses, pairs, ranking, router, timing, trust, used
+from pipeline.reporting.costs import read_costs
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.headline import Verdict, asides, certainty, headline, percent, signed, verdict
 from pipeline.reporting.markup import Html, details, join, note, table, tag
@@ -66,6 +67,12 @@ def _sections(
     table_body = accuracy.main_tables(results, numbers) if has_results else nothing
     return [
         Section("results", "Results", "Methods against corruption, as in the paper’s table.", table_body),
+        Section(
+            "ranking",
+            "Accuracy and cost",
+            "Every method by its place, with what it needs and what it took.",
+            ranking.section(results, read_costs(parts), gallery, numbers),
+        ),
         Section(
             "shift",
             "Accuracy under shift",

@@ -82,6 +82,10 @@ td.bar {
 thead tr + tr th:first-child { text-align: right; }
 thead th[rowspan] { border-bottom: 1.5px solid var(--line); }
 thead th[colspan] { text-align: center; border-bottom: 0; padding-bottom: 0; }
+table.ranking { font-size: 12.5px; }
+table.ranking th, table.ranking td { padding: 5px 7px; }
+table.ranking td.words { text-align: left; white-space: normal; min-width: 92px; }
+table.ranking th:nth-child(2), table.ranking th:nth-child(3) { text-align: left; }
 table.narrow { width: auto; min-width: 60%; }
 table.used td, table.stages td { white-space: normal; overflow-wrap: anywhere; }
 table.used td { text-align: left; }

@@ -26,6 +26,7 @@ class ModelResult:
     cost: Mapping[str, Any]
     reference: str
     against_dense: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # {protocol: {level: share}}
+    method: Mapping[str, Any] | None = None  # name, parameters, need; None for a reference
 
     @property
     def ours(self) -> bool:
@@ -113,6 +114,7 @@ def read_results(parts: Parts) -> Results:
                 cost=data.get("cost") or {},
                 reference=reference(unit),
                 against_dense=data.get("compared_with_dense") or {},
+                method=data.get("method"),
             )
         )
     return Results(tuple(sorted(models, key=lambda model: display_order(model.name))))

@@ -84,13 +84,29 @@ METHOD_LINES = {
     "weight_average": Line("grey", "v"),
     "task_arithmetic": Line("pink", "s"),
     "ties": Line("yellow", "D"),
+    "dare": Line("yellow", "v", "-."),
+    "pcb": Line("pink", "h", "-."),
+    "model_stock": Line("grey", "p", "-."),
+    "tsv_m": Line("red", "X"),
+    "iso_c": Line("red", "*", "-."),
+    "wudi": Line("green", "<"),
+    "wudi_exact": Line("green", ">", "-."),
+    "ace": Line("orange", "d"),
+    "doge": Line("muted", "H"),
+    "regmean": Line("pink", "8"),
+    "lot": Line("red", "s", "--"),
+    "bmm": Line("yellow", "X", "--"),
+    "map": Line("muted", "D", "--"),
     "adamerging": Line("orange", "^"),
+    "surgery": Line("orange", "P", "--"),
     "twin_merging": Line("green", "P"),
+    "wemoe": Line("pink", "*"),
     "bd_task": Line("sky", "o", "-", 2.2),
     "bd_layer": Line("blue", "o", "-", 2.8),
     "bd_task_static": Line("sky", "o", "--"),
     "bd_layer_static": Line("blue", "o", "--"),
 }
+OTHER_LINE = Line("grid", "", "-", 1.0)
 SPARE_LINES = (Line("red", "X"), Line("muted", "<"), Line("green", ">", "-."), Line("pink", "h", "-."))
 
 

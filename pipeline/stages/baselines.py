@@ -59,7 +59,7 @@ class Baselines(Stage):
         experts = Experts.of(unit.inputs)
         report = StageReport(rows_in=experts.count, rows_out=experts.count)
         entry = entry_of(unit.id, {"method": unit.settings["method"], **unit.settings["parameters"]})
-        recipe = recipe_of(unit, entry.title) | {"need": entry.method.need}
+        recipe = recipe_of(unit, entry.title, entry.method.need)
         with MethodInputs(unit, experts, self.seed or 0) as inputs:
             job = Job(entry, unit, experts, inputs, recipe, out_dir, report, self.seed or 0)
             RUNNERS.get(entry.method.name, merge_state)(job)

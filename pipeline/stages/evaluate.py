@@ -29,6 +29,7 @@ from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.corrupt import CLEAN
+from pipeline.stages.cost import PRICE, price_per_sample
 from pipeline.stages.fit_head import class_heads, label_space, unified_heads
 from pipeline.stages.merged_files import (
     MERGED,
@@ -40,10 +41,11 @@ from pipeline.stages.merged_files import (
     uncompressed,
 )
 from pipeline.stages.models import open_backbone
-from pipeline.stages.predictors import Routed, features_of
+from pipeline.stages.predictors import Routed, Static, features_of
 from pipeline.store import Artefact
 
 SCORES = ("accuracy", "ece", "aurc")
+PRICED_IMAGES = 16  # a batch as small as a service has: routing costs most there
 
 
 class EvaluateSpec(Spec):
@@ -64,7 +66,7 @@ class Evaluate(Stage):
     """Measures one model a unit: the references, every competitor, and BD-Merging."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("base", "experts", *MERGED, "corrupt", "fit_head")
     what: ClassVar[str] = "evaluate every model, clean and corrupted"
     spec: EvaluateSpec
@@ -107,13 +109,26 @@ class Evaluate(Stage):
             if unit.of("experts"):
                 whole = self._judged(unit, uncompressed(unit, merged, self.device), backbone, report)
                 metrics["compared_with_dense"] = _difference(metrics, whole.metrics(unit.id))
+        if merged.cost["dynamic"]:
+            with report.span("measure price"):
+                report.metrics[PRICE] = self._price(unit, merged, backbone)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         write_table(out_dir / "predictions.parquet", PREDICTIONS, judge.predictions().to_pydict())
         means = metrics["protocols"]["task_known"]
         found = {f"task_known/{level}": means[level]["mean"]["accuracy"] for level in means}
-        report.metrics = {name: value for name, value in found.items() if value is not None}
+        report.metrics |= {name: value for name, value in found.items() if value is not None}
         report.notes |= {"unlabelled": judge.unlabelled()}
         return report
+
+    def _price(self, unit: Unit, merged: Merged, backbone: Backbone) -> float:
+        """Seconds an image by those of the plain tower, here and now: of no file, since clocks differ."""
+        part = next(part for part in unit.of("corrupt") if part.report["rows_out"])
+        task = part.report["notes"]["task"]
+        pixels = torch.from_numpy(read_vectors(part.file("images.npy"))[:PRICED_IMAGES].copy()).to(self.device)
+        plain = Static(backbone, backbone.visual)
+        return price_per_sample(
+            lambda images: merged.predictor.features(images, task), lambda images: plain.features(images, task), pixels
+        )
 
     def _judged(self, unit: Unit, merged: Merged, backbone: Backbone, report: StageReport) -> "_Judge":
         """The judge of `merged`, having seen every test image."""
@@ -202,10 +217,11 @@ class _Judge:
         columns = self.predictions().to_pandas()
         columns = columns[columns["label"] >= 0]
         protocols: dict[str, Any] = {"task_known": self._protocol(columns, "")}
-        protocols["task_free"] = None if model == "experts" else self._protocol(columns, "_free")
+        protocols["task_free"] = self._protocol(columns, "_free") if self._merged.task_free else None
         return {
             "model": model,
             "title": self._merged.title,
+            "method": self._merged.method,
             "tasks": list(self._heads),
             "levels": self._levels,
             "protocols": protocols,

@@ -21,6 +21,7 @@ from pipeline.store import Artefact
 BD_TITLES = {"task": "BD-Merging (task-wise)", "layer": "BD-Merging (layer-wise)"}
 BD_PREFIX = "bd_"
 STATIC = "_static"
+NEED = "unlabelled batches"
 TOKENS_A_BATCH = 4096  # fixed, so that no option of speed changes the last bit of a mean
 
 
@@ -42,7 +43,7 @@ class Export(Stage):
     """Makes one artefact a fitted router, and a plain one beside it where that is asked for."""
 
     name: ClassVar[str] = "export"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[tuple[str, ...]] = ("base", "experts", "embed", "fit_head", "fit_router")
     what: ClassVar[str] = "write the merged models"
     spec: ExportSpec
@@ -75,10 +76,10 @@ class Export(Stage):
             group_of = dict.fromkeys(group_of, 0)
         report = StageReport(rows_in=experts.count, rows_out=experts.count)
         if unit.id.endswith(STATIC):
-            recipe = recipe_of(unit, f"{BD_TITLES[fitted.unit]}, static")
+            recipe = recipe_of(unit, f"{BD_TITLES[fitted.unit]}, static", NEED)
             self._static(unit, experts, router, group_of, recipe | {"averaged_router": config}, out_dir)
         else:
-            recipe = recipe_of(unit, BD_TITLES[fitted.unit]) | {"router": config, "group_of": group_of}
+            recipe = recipe_of(unit, BD_TITLES[fitted.unit], NEED) | {"router": config, "group_of": group_of}
             write_routed(out_dir, experts.base_state, experts.vectors(), router, recipe, self.spec.vectors)
             _copy_head(unit.one("fit_head"), out_dir)
             report.metrics = _storage(out_dir, experts.count)

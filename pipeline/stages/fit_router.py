@@ -18,6 +18,7 @@ from bd_core.router import Router
 from pipeline.config import Spec
 from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Inputs, StageReport, Unit
+from pipeline.stages.cost import watched
 from pipeline.stages.fit_head import class_heads
 from pipeline.stages.images import PoolImages
 from pipeline.stages.merged_files import tell_fallback
@@ -120,7 +121,7 @@ class FitRouter(FitStage):
             share=context.world_size,
         )
         assert self.seed is not None
-        with images, report.span("forward_backward"):
+        with images, watched(report, "forward_backward"):
             history = optimise(
                 router,
                 loss,
@@ -132,7 +133,7 @@ class FitRouter(FitStage):
             )
         if 0 in context.ranks:  # of several workers, one tells it
             report.notes = tell_fallback(merged, f"fit_router {unit.id}")
-        report.metrics = {"final_loss": history[-1]["loss"], "anchors_with_pairs": float(loss.pairs.n_anchors)}
+        report.metrics |= {"final_loss": history[-1]["loss"], "anchors_with_pairs": float(loss.pairs.n_anchors)}
         write_safetensors(out_dir / "model.safetensors", router.state_dict())
         config = {
             "width": backbone.width,

@@ -49,6 +49,8 @@ class Merged:
     groups: list[str]
     experts: list[str]
     cost: dict[str, Any]
+    method: dict[str, Any] | None = None  # its name, parameters and need; None: a reference
+    task_free: bool = True  # whether it can be run without being told the task
 
 
 def write_static(directory: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
@@ -72,10 +74,11 @@ def write_routed(
     write_recipe(directory, {"kind": "routed", **recipe} | ({"vectors": kept} if kept else {}))
 
 
-def recipe_of(unit: Unit, title: str) -> dict[str, Any]:
-    """What every `recipe.json` begins with: the method, its parameters, and what it was made from."""
+def recipe_of(unit: Unit, title: str, need: str) -> dict[str, Any]:
+    """What every `recipe.json` begins with: the method, its need and parameters, and what it was made from."""
     return {
         "method": unit.settings["method"],
+        "need": need,
         "parameters": unit.settings.get("parameters", {}),
         "title": title,
         "made_from": {f"{a.stage}/{a.unit}": a.digest for a in unit.inputs if a.stage in ("base", "experts")},
@@ -174,13 +177,15 @@ def _tower(backbone: Backbone, state: Mapping[str, Tensor], device: torch.device
 
 
 def _reference(name: str, predictor: Predictor, n_base: int, n_all: int) -> Merged:
-    return Merged(REFERENCES[name], predictor, False, [], [], _cost(n_base, n_all, dynamic=False))
+    cost = _cost(n_base, n_all, dynamic=False)
+    return Merged(REFERENCES[name], predictor, False, [], [], cost, task_free=name != "experts")
 
 
 def _merged(recipe: Mapping[str, Any], predictor: Predictor, cost: dict[str, Any]) -> Merged:
     router = recipe.get("router", {})
     groups, experts = router.get("groups", []), router.get("experts", [])
-    return Merged(recipe["title"], predictor, recipe["kind"] == "routed", groups, experts, cost)
+    method = {name: recipe[name] for name in ("method", "parameters", "need")}
+    return Merged(recipe["title"], predictor, recipe["kind"] == "routed", groups, experts, cost, method)
 
 
 def _n_values(vectors: TaskVectors | CompressedVectors) -> int:

@@ -34,6 +34,15 @@ TITLES = {
     "bd_task": "BD-Merging (task-wise)",
     "bd_layer": "BD-Merging (layer-wise)",
 }
+NEEDS = {
+    "weight_average": "nothing",
+    "task_arithmetic": "nothing",
+    "ties": "nothing",
+    "adamerging": "unlabelled batches",
+    "twin_merging": "task labels",
+    "bd_task": "unlabelled batches",
+    "bd_layer": "unlabelled batches",
+}
 CLEAN = dict(zip(TITLES, (0.51, 0.87, 0.60, 0.62, 0.64, 0.71, 0.79, 0.78, 0.81), strict=True))
 LOST = dict(zip(TITLES, (0.30, 0.27, 0.29, 0.30, 0.29, 0.33, 0.31, 0.24, 0.22), strict=True))
 TIMING: tuple[tuple[str, int, float, float, float, dict[str, float], int, int], ...] = (
@@ -107,6 +116,7 @@ class Synthetic:
         """Commit one unit: dicts as JSON, tables as Parquet, arrays as npy."""
         if stage in self.leave_out or unit in self.leave_out:
             return
+        sources = [[name, ""] for name in report.pop("made_from", ())]
         made = StageReport(report.pop("rows", 1), report.pop("out", 1), report.pop("rejected", 0), **report)
 
         def produce(directory: Path) -> StageReport:
@@ -126,7 +136,7 @@ class Synthetic:
             seed=self.seed,
             spec={},
             settings={},
-            inputs=[],
+            inputs=sources,
         )
         self.artefacts.setdefault(stage, []).append(artefact)
 
@@ -173,7 +183,14 @@ class Synthetic:
         for kind in ("task", "layer"):
             terms = {"l_unsup": (1.3, 0.5), "l_dis": (2.9, 2.4), "information": (-2.0, -2.6)}
             self.add("fit_router", kind, {"history.parquet": self._history(300, terms)}, metrics={"final_loss": 0.74})
-        self.add("baselines", "adamerging", {"history.parquet": self._history(500, {"entropy": (1.6, 0.7)})})
+        for place, model in enumerate(name for name in TITLES if name in NEEDS):
+            files = {"history.parquet": self._history(500, {"entropy": (1.6, 0.7)})} if model == "adamerging" else {}
+            made_from = ["base/base", *(f"experts/{task.split()[0]}" for task in TASKS)]
+            if model.startswith("bd_"):
+                made_from.append(f"fit_router/{model.removeprefix('bd_')}")
+            stage = "export" if model.startswith("bd_") else "baselines"
+            memory = {"peak_memory_bytes": 4e6 * (place + 1)}
+            self.add(stage, model, {"recipe.json": {}, **files}, metrics=memory, made_from=made_from)
 
     def _history(self, steps: int, terms: Mapping[str, tuple[float, float]]) -> pa.Table:
         decay = np.exp(-np.arange(steps) / (steps / 5))
@@ -265,6 +282,7 @@ class Synthetic:
         metrics = {
             "model": model,
             "title": title,
+            "method": {"method": model, "parameters": {}, "need": NEEDS[model]} if model in NEEDS else None,
             "tasks": list(TASKS),
             "levels": list(LEVELS),
             "protocols": protocols,
@@ -272,7 +290,9 @@ class Synthetic:
             "router": self._router(model),
             "cost": {"parameters": 5_600_000, "extra_parameters": 3_700_000 if self._routed(model) else 0},
         }
-        self.add("evaluate", model, {"metrics.json": metrics, "predictions.parquet": pa.table(columns)})
+        price = {"price_per_sample": 2.5} if self._routed(model) else {}
+        files = {"metrics.json": metrics, "predictions.parquet": pa.table(columns)}
+        self.add("evaluate", model, files, metrics=price)
 
     @staticmethod
     def _routed(model: str) -> bool:

@@ -13,8 +13,8 @@ from pipeline.reporting import Report, build_report
 from pipeline.store import Store
 
 FIGURES = {
-    "accuracy_by_level", "router_bd_layer", "router_bd_task", "router_twin_merging", "degree_distribution",
-    "pairs_same_class", "score_distributions", "reliability", "risk_coverage", "loss_curves", "timing",
+    "accuracy_against_cost", "accuracy_by_level", "router_bd_layer", "router_bd_task", "router_twin_merging",
+    "degree_distribution", "pairs_same_class", "score_distributions", "reliability", "risk_coverage", "loss_curves", "timing",
 }  # fmt: skip
 
 
@@ -140,4 +140,4 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def _all_but(model: str) -> list[str]:
     stages = ["shard", "embed", "base", "experts", "fit_head", "fit_router", "index", "neighbours", "score", "pairs"]
-    return [*stages, "baselines", "threshold", "detect", *(name for name in TITLES if name != model)]
+    return [*stages, "baselines", "export", "threshold", "detect", *(name for name in TITLES if name != model)]
