@@ -3,9 +3,11 @@
 from bd_core.methods.adamerging import adamerging
 from bd_core.methods.averages import task_arithmetic, weight_average
 from bd_core.methods.dare import dare
+from bd_core.methods.doge import doge
 from bd_core.methods.model_stock import model_stock
 from bd_core.methods.pcb import pcb
 from bd_core.methods.registry import Method
+from bd_core.methods.robust_merge import robust_merge
 from bd_core.methods.ties import ties
 from bd_core.methods.twin_merging import twin_merging
 
@@ -22,6 +24,25 @@ METHODS: dict[str, Method] = {
         Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
         Method("pcb", "PCB-Merging", pcb, "nothing", "PCB-Merging, NeurIPS 2024", "five passes"),
         Method("model_stock", "Model Stock", model_stock, "nothing", "Model Stock, ECCV 2024", "two passes"),
+        Method(
+            "doge",
+            "DOGE",
+            doge,
+            "nothing",
+            "DOGE (AdaPGD), ICML 2025",
+            "K + 1 eigenvalue problems and 400 steps a matrix",
+            "matrices",
+        ),
+        Method(
+            "robust_merge",
+            "RobustMerge",
+            robust_merge,
+            "nothing",
+            "RobustMerge, NeurIPS 2025",
+            "one pass over the factors",
+            "tensor",
+            experts="adapters",
+        ),
         Method(
             "adamerging",
             "AdaMerging",
