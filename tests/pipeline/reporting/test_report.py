@@ -14,7 +14,8 @@ from pipeline.store import Store
 
 FIGURES = {
     "accuracy_against_cost", "accuracy_by_level", "router_bd_layer", "router_bd_task", "router_twin_merging",
-    "degree_distribution", "pairs_same_class", "score_distributions", "reliability", "risk_coverage", "loss_curves", "timing",
+    "degree_distribution", "pairs_same_class", "score_distributions", "reliability", "risk_coverage", "loss_curves",
+    "timing",
 }  # fmt: skip
 
 
