@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pipeline.reporting.costs import Cost
 from pipeline.reporting.gallery import Gallery
@@ -99,11 +99,16 @@ def _row(place: int | None, model: ModelResult, cost: Cost | None, numbers: Numb
         percent(model.mean(PROTOCOL, CLEAN)),
         tag("td", tag("strong" if place == 1 else "span", percent(accuracy(model)))),
         percent(model.corrupted("task_free")),
-        _or_dash(cost.seconds if cost else None, duration),
+        _or_dash(cost.seconds if cost else None, _brief),
         _or_dash(cost.memory_bytes if cost else None, lambda value: readable_bytes(round(value))),
-        "–" if not isinstance(extra, int) else f"{extra:,}",
+        "–" if not isinstance(extra, int) else f"{extra / 1e6:.2f} M" if extra >= 10_000 else f"{extra:,}",
         _or_dash(cost.price if cost else None, lambda value: f"{value:.2f} ×"),
     ]
+
+
+def _brief(seconds: float) -> str:
+    """`40 ms` where a second is long, otherwise as everywhere."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 0.9995 else duration(seconds)
 
 
 def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
@@ -156,7 +161,9 @@ def _draw(theme: Theme, points: list[Point], bounds: list[tuple[str, float]]) ->
     _number(axes, theme, points)
     axes.set_xlabel("seconds to merge or fit")
     axes.set_title("Mean accuracy (%) under corruption, task known, against cost")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=16))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -166,7 +173,7 @@ def _number(axes: Axes, theme: Theme, points: list[Point]) -> None:
     taken: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda each: each.place):
         x, y = axes.transData.transform((point.seconds, 100 * point.accuracy))
-        dx, dy = 6.0, 3.0
+        dx, dy = 11.0, 4.0
         while any(abs(x + dx - other_x) < 16 and abs(y + dy - other_y) < 13 for other_x, other_y in taken):
             dy += 4.0
         taken.append((x + dx, y + dy))
