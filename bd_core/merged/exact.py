@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from bd_core.merged.cost import CPU, CUDA, stacked_is_cheaper
 from bd_core.merged.gpu import triton_fits
 from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward
+from bd_core.merged.origin import Origin, origin_of
 from bd_core.merged.tiles import form_tile, tiles
 
 __all__ = ["BUDGET_BYTES", "merged_linear"]
@@ -34,7 +35,8 @@ def merged_linear(
 
     Differentiable in x, the weights and the bias, never in base or vectors. Of two forms the cheaper one (`cost.py`):
     tiles of merged weights, one a thread at a time, or K + 1 products of the activations, as many samples at a time as
-    `budget_bytes` holds. Nothing of size batch x parameters is kept for backward, which forms the tiles anew.
+    `budget_bytes` holds. Nothing of size batch x parameters is kept for backward, which forms the tiles anew. What x
+    was computed from stands in for x where autograd keeps it anyway (`origin.py`).
     Under autocast x is cast as for any product, while tiles are merged in the parameters' dtype and rounded after.
     """
     costs = CUDA if x_BTI.is_cuda else CPU
@@ -53,7 +55,8 @@ def _tiled(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tens
     if torch.compiler.is_compiling():
         y_BTO: Tensor = _operator(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
         return y_BTO
-    result: Tensor = _TiledLinear.apply(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)  # type: ignore[no-untyped-call]
+    origin = origin_of(x_BTI)
+    result: Tensor = _TiledLinear.apply(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, origin)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -82,23 +85,27 @@ class _TiledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x_BTI: Tensor,
         weights_BK: Tensor,
         base_OI: Tensor,
         vectors_KOI: Tensor,
         bias_BO: Tensor | None,
+        origin: Origin | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x_BTI, weights_BK, base_OI, vectors_KOI)
+        sources = (x_BTI,) if origin is None else origin.sources
+        ctx.save_for_backward(weights_BK, base_OI, vectors_KOI, *sources)
+        ctx.origin = origin and origin.without_sources()
         return _forward(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
-        needs_x, needs_weights, _, _, needs_bias = ctx.needs_input_grad
-        x_BTI, weights_BK, base_OI, vectors_KOI = ctx.saved_tensors
+    def backward(ctx: Any, dy_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_weights, _, _, needs_bias = ctx.needs_input_grad[:5]
+        weights_BK, base_OI, vectors_KOI, *sources = ctx.saved_tensors
+        x_BTI = sources[0] if ctx.origin is None else ctx.origin.again(*sources)
         dx_BTI, dweights_BK = _backward(x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, needs_x, needs_weights)
-        return dx_BTI, dweights_BK, None, None, dy_BTO.sum(1) if needs_bias else None
+        return dx_BTI, dweights_BK, None, None, dy_BTO.sum(1) if needs_bias else None, None
 
 
 def _forward(x_BTI: Tensor, weights_BK: Tensor, base_OI: Tensor, vectors_KOI: Tensor, bias_BO: Tensor | None) -> Tensor:

@@ -5,8 +5,11 @@ Legend: B batch, T tokens, D width, K experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bd_core.merged.parts import WeightAndBias
@@ -67,12 +70,51 @@ class MergedLayerNorm(WeightAndBias):
     def forward(self, x: Tensor) -> Tensor:
         """Normalised over the last dimensions, then each sample's scale and shift."""
         self.check(x)
-        dtype = x.dtype
-        y = F.layer_norm(x.float() if self.fp32 else x, self.normalized_shape, None, None, self.eps)
-        between = (1,) * (x.ndim - 1 - len(self.normalized_shape))
-        scale = None if self.merged_weight is None else self.merged_weight()
-        shift = None if self.merged_bias is None else self.merged_bias()
-        return _affine(y, scale, shift, between, self.normalized_shape).to(dtype)
+        dtype, between = x.dtype, (1,) * (x.ndim - 1 - len(self.normalized_shape))
+        x = x.float() if self.fp32 else x
+        scale, shift = (
+            None if part is None else part().view(-1, *between, *self.normalized_shape)
+            for part in (self.merged_weight, self.merged_bias)
+        )
+        if scale is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            y = _affine(F.layer_norm(x, self.normalized_shape, None, None, self.eps), scale, shift)
+        else:
+            y = _ScaledNorm.apply(x, scale, shift, self.normalized_shape, self.eps)  # type: ignore[no-untyped-call]
+        return y.to(dtype)
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """Layer normalisation times scale plus shift; keeps its input only, as torch's own does.
+
+    Composed of torch's operations it would keep the normalised input as well, and its result in the next layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor | None, normalized_shape: tuple[int, ...], eps: float
+    ) -> Tensor:
+        def makes_again(x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+            return _affine(F.layer_norm(x, normalized_shape, None, None, eps), scale, shift)
+
+        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, None, None, eps)
+        ctx.save_for_backward(x, mean, rstd, scale, *(() if shift is None else (shift,)))
+        ctx.normalized_shape, ctx.eps, ctx.makes_again = normalized_shape, eps, makes_again
+        return _affine(y, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, scale = ctx.saved_tensors[:4]
+        needs_x, needs_scale, needs_shift = ctx.needs_input_grad[:3]
+        own = ctx.normalized_shape
+        dx = dscale = None
+        if needs_x:
+            dx = torch.ops.aten.native_layer_norm_backward(
+                dy * scale, x, own, mean, rstd, None, None, [True, False, False]
+            )[0]
+        if needs_scale:
+            dscale = (dy * F.layer_norm(x, own, None, None, ctx.eps)).sum_to_size(scale.shape)
+        return dx, dscale, dy.sum_to_size(scale.shape) if needs_shift else None, None, None
 
 
 class MergedBatchNorm(WeightAndBias):
@@ -113,16 +155,14 @@ class MergedGroupNorm(WeightAndBias):
         """Normalised over channel groups, then each sample's scale and shift per channel of [B, C, ...]."""
         self.check(x)
         y = F.group_norm(x, self.num_groups, None, None, self.eps)
-        scale = None if self.merged_weight is None else self.merged_weight()
-        shift = None if self.merged_bias is None else self.merged_bias()
-        return _affine(y, scale, shift, (), (x.shape[1], *(1,) * (x.ndim - 2)))
+        scale, shift = (
+            None if part is None else part().view(-1, x.shape[1], *(1,) * (x.ndim - 2))
+            for part in (self.merged_weight, self.merged_bias)
+        )
+        return _affine(y, scale, shift)
 
 
-def _affine(
-    y: Tensor, scale: Tensor | None, shift: Tensor | None, between: tuple[int, ...], own: tuple[int, ...]
-) -> Tensor:
-    scale = None if scale is None else scale.view(-1, *between, *own)
-    shift = None if shift is None else shift.view(-1, *between, *own)
+def _affine(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is None:
         return y if shift is None else y + shift
     return y * scale if shift is None else torch.addcmul(shift, y, scale)

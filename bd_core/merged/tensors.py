@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bd_core.merged.exact import merged_linear
+from bd_core.merged.low_rank import low_rank_linear
 from bd_core.merged.routing import Routing
 
 __all__ = ["LowRankTensor", "MergedTensor"]
@@ -126,24 +127,18 @@ class LowRankTensor(MergedTensor):
         self, x_BTI: Float[Tensor, "B T I"], bias_BO: Float[Tensor, "B O"] | None = None, rows: slice = ALL
     ) -> Float[Tensor, "B T O"]:
         """x_b W_b^T + bias_b, with those rows of the parameter."""
-        inner_BTF = (x_BTI @ self.right.T) * self.weights_BF[:, None]
-        y_BTO = _sum_of_products(x_BTI, self.base.flatten(1)[rows].T, inner_BTF, self.left[:, rows])
-        return y_BTO if bias_BO is None else y_BTO + bias_BO[:, None]
+        base_OI = self.base.flatten(1)[rows]
+        return low_rank_linear(x_BTI, self.weights_BF, base_OI.T, self.right, self.left[:, rows], bias_BO)
 
     def project(self, x_BTI: Float[Tensor, "B T I"]) -> Float[Tensor, "B T O"]:
         """x_b W_b, for a parameter stored [I, O]."""
-        return _sum_of_products(x_BTI, self.base, (x_BTI @ self.left.T) * self.weights_BF[:, None], self.right)
+        return low_rank_linear(x_BTI, self.weights_BF, self.base, self.left, self.right)
 
     def lookup(self, ids: Int[Tensor, ...]) -> Float[Tensor, ...]:
         """Rows of the parameter [B, ..., D]."""
         shape = (-1, *(1,) * (ids.ndim - 1), len(self.left))
         inner = self.weights_BF.view(shape) * F.embedding(ids, self.left.T)
         return F.embedding(ids, self.base) + inner @ self.right
-
-
-def _sum_of_products(x: Tensor, weight: Tensor, inner: Tensor, factor: Tensor) -> Tensor:
-    flat = torch.addmm(x.flatten(0, 1) @ weight, inner.flatten(0, 1), factor)
-    return flat.view(*x.shape[:2], -1)
 
 
 def _linear_of_copies(
