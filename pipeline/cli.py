@@ -13,6 +13,7 @@ import typer
 
 from pipeline import logs
 from pipeline.errors import BDMergeError
+from pipeline.merge import commands as merging
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -125,6 +126,11 @@ def predict(
         show_predictions(predictions, caller)
     else:
         write_predictions(output, predictions)
+
+
+app.command()(merging.merge)
+app.command()(merging.explain)
+app.command()(merging.methods)
 
 
 @app.command()

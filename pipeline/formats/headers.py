@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 
-SHOWN = 20  # lines a checkpoint; the rest is counted
+SHOWN = 12  # differences spelled out in one message; the rest is counted
 
 
 def compare_headers(base: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> list[str]:
@@ -28,11 +28,12 @@ def check_experts(base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str,
     if not differences:
         return
     parts = []
+    each = max(1, SHOWN // len(differences))
     for name, lines in differences.items():
         parts.append(f"  expert {name}: {len(lines)} difference(s)")
-        parts += [f"    {line}" for line in lines[:SHOWN]]
-        if len(lines) > SHOWN:
-            parts.append(f"    and {len(lines) - SHOWN} more")
+        parts += [f"    {line}" for line in lines[:each]]
+        if len(lines) > each:
+            parts.append(f"    and {len(lines) - each} more")
     raise DataError(
         f"{len(differences)} of {len(experts)} experts do not fit the base; merge only models that were fine-tuned "
         "from it, saved in its dtype\n" + "\n".join(parts)

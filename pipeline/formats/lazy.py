@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -28,7 +29,7 @@ class LazyState(Mapping[str, Tensor]):
         self.sources = sources
         self._last: tuple[str, Tensor] | None = None
 
-    @property
+    @cached_property
     def header(self) -> dict[str, Tensor]:
         """Names, shapes and dtypes as meta tensors, without reading."""
         return {name: source.header for name, source in self.sources.items()}
@@ -90,7 +91,7 @@ class Checkpoint:
     parts: Mapping[str, Part]
     naming: str
 
-    @property
+    @cached_property
     def state(self) -> LazyState:
         """The lazy state dict under open_clip's names for a CLIP model, under its own for any other."""
         return LazyState({name: self._source(part) for name, part in self.parts.items()})

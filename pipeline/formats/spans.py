@@ -115,7 +115,7 @@ class Span:
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """A tensor that could only be had by reading its whole file."""
 
