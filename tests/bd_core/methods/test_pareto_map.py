@@ -123,7 +123,7 @@ def test_preferences_and_seeds() -> None:
     validate = nearness(experts)
     first = pareto_map(base, experts, validate=validate, preference=[1.0, 0.0, 0.0])
     assert int(first.metrics.argmax()) == 0
-    # Metrics are quadratic in c here: the front's best lies as near the optimum, expert 0 itself (0), as it was sampled.
+    # Metrics are quadratic in c here: the front's best lies as near the optimum, expert 0 itself, as it was sampled.
     assert float(first.metrics[0]) > 0.1 * float(validate(base)[0])
     again = pareto_map(base, experts, validate=validate, preference=[1.0, 0.0, 0.0])
     assert torch.equal(first.merged["w"], again.merged["w"])
