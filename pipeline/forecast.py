@@ -14,7 +14,6 @@ from pipeline.data.source import Source
 from pipeline.workflow import Workflow
 
 FLOAT_BYTES, ROW_BYTES = 4, 8
-ROUTED = {"twin_merging"}
 
 
 def forecast_bytes(workflow: Workflow) -> dict[str, float]:
@@ -24,7 +23,7 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
     model = model_header(config.models.model)
     full, tower = _size(model), _size({name: value for name, value in model.items() if name.startswith("visual.")})
     n_tasks = len(sources)
-    n_routed = len(ROUTED & set(config.baselines.methods))
+    n_routed = sum(entry.method.result == "per sample" for entry in config.baselines.entries())
     routed_size = (2 + n_tasks) * tower
     known: dict[str, float | None] = {
         "shard": _total([source.size_bytes() for source in sources]),
@@ -37,7 +36,7 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
     width, dim = (model[name].shape[axis] for name, axis in (("visual.class_embedding", 0), ("visual.proj", 1)))
     train, test = (_total([_images(source, split) for source in sources]) for split in ("train", "test"))
     if train is not None:
-        known |= {"embed": train * (dim + width) * FLOAT_BYTES, "index": train * (dim * FLOAT_BYTES + ROW_BYTES)}
+        known |= {"embed": train * (dim + width) * FLOAT_BYTES}
     if test is not None:
         copies = len(config.corrupt.corruptions) if config.corrupt.every_corruption else 1
         known["corrupt"] = test * (1 + copies * len(config.corrupt.levels)) * 3 * input_size(config.models.model) ** 2

@@ -116,6 +116,8 @@ class _Run:
     def _begin(self, plan: StagePlan) -> None:
         """Hand the missing units of one stage to the executor."""
         stage = plan.stage
+        if expected := stage.expect([each.unit for each in plan.missing]):
+            logs.fact(f"{stage.name} planned", **expected)
         self._set_damaged_aside(plan)
         self._record.write(self._store)
         if self._executor is None:

@@ -101,6 +101,13 @@ class Stage(ABC):
     def units(self, inputs: Inputs) -> list[Unit]:
         """The units of this stage, in order. On the driver: cheap, checks its inputs, `ConfigError` when they fail."""
 
+    def expect(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """What these units, all still to do, will take, where the stage itself can tell: facts for log and plan.
+
+        On the driver, before the first of them begins. `ConfigError` when they cannot fit.
+        """
+        return {}
+
     def setup(self, unit: Unit) -> None:  # noqa: B027 - most stages have nothing to load
         """Load what all units share, once a worker; `unit` is the first one the worker was given."""
 

@@ -14,22 +14,25 @@ from pipeline.config import Resources, Spec, UserPath, load_yaml, parse
 from pipeline.data.corruptions import check_corruptions
 from pipeline.errors import ConfigError, Faults
 from pipeline.executors import Executor, RayExecutor, RaySpec, SerialExecutor, SerialSpec
+from pipeline.neighbourhoods.spec import IndexSpec
 from pipeline.record import RunRecord
 from pipeline.stage import Stage
 from pipeline.stages.activations import Activations, ActivationsSpec
 from pipeline.stages.baselines import Baselines
 from pipeline.stages.corrupt import Corrupt, CorruptSpec
 from pipeline.stages.detect import Detect, DetectSpec
+from pipeline.stages.edges import Edges
 from pipeline.stages.embed import Embed, EmbedSpec
 from pipeline.stages.evaluate import Evaluate, EvaluateSpec
 from pipeline.stages.export import Export, ExportSpec
 from pipeline.stages.fit_head import FitHead, FitHeadSpec
 from pipeline.stages.fit_router import FitRouter, FitRouterSpec
 from pipeline.stages.import_models import ImportBase, ImportExperts, ImportSpec
-from pipeline.stages.index import Index, IndexSpec
+from pipeline.stages.index import Index
 from pipeline.stages.method_list import BaselinesSpec
 from pipeline.stages.neighbours import Neighbours, NeighboursSpec
 from pipeline.stages.pairs import Pairs, PairsSpec
+from pipeline.stages.radius import FixRadius
 from pipeline.stages.report import Report, ReportSpec
 from pipeline.stages.score import Score, ScoreSpec
 from pipeline.stages.shard import Shard, ShardSpec, TaskSpec
@@ -100,16 +103,27 @@ class Config(Spec):
             for place, name in enumerate(names)
             if name in names[:place]
         ]
-        if len(names) < MIN_EXPERTS:
-            faults.append(f"tasks: {len(names)} given, merging needs at least {MIN_EXPERTS} experts; add a task")
+        unseen = self.evaluate.unseen
+        faults += [
+            f"evaluate.unseen: there is no task {name!r}; {_nearest(name, names)}"
+            for name in unseen
+            if name not in names
+        ]
+        n_experts = len(set(names) - set(unseen))
+        if n_experts < MIN_EXPERTS:
+            beside = f", {len(unseen)} of them unseen" if unseen else ""
+            faults.append(
+                f"tasks: {len(names)} given{beside}, merging needs at least {MIN_EXPERTS} experts; add a task"
+            )
         return faults
 
     def _expert_faults(self) -> list[str]:
-        """Every task needs an expert, every expert a task."""
+        """Every task but the unseen needs an expert, every expert a task."""
         if not isinstance(self.models, ImportSpec):
             return []
         names, experts = [task.name for task in self.tasks], list(self.models.experts)
-        without = [name for name in dict.fromkeys(names) if name not in experts]
+        needed = [name for name in dict.fromkeys(names) if name not in self.evaluate.unseen]
+        without = [name for name in needed if name not in experts]
         faults = [f"models.experts.{name}: required and missing; every task needs its expert" for name in without]
         for name in experts:
             if name not in names:
@@ -129,7 +143,9 @@ STAGES: tuple[type[Stage], ...] = (
     TrainExperts,
     Embed,
     FitHead,
+    FixRadius,
     Index,
+    Edges,
     Neighbours,
     Score,
     Threshold,
@@ -268,15 +284,17 @@ class Workflow:
         models = config.models
         base: Stage
         experts: Stage
-        embed: Stage = Embed(config.embed, self._resources("embed"))
+        unseen = config.evaluate.unseen
+        merged = tuple(task for task in config.tasks if task.name not in unseen)
+        embed: Stage = Embed(config.embed, self._resources("embed"), unseen=unseen)
         if isinstance(models, TrainSpec):
             base = TrainBase(models, config.tasks, self._resources("base"), seed)
-            experts = TrainExperts(models, config.tasks, self._resources("experts"), seed)
+            experts = TrainExperts(models, merged, self._resources("experts"), seed)
             # Experts are long in training: the head is embedded and fitted beside them.
             beside = [embed, experts]
         else:
             base = ImportBase(models, config.tasks, self._resources("base"))
-            experts = ImportExperts(models, config.tasks, self._resources("experts"))
+            experts = ImportExperts(models, merged, self._resources("experts"))
             # Imported ones may be refused, which should be known before anything long begins.
             beside = [experts, embed]
         return [
@@ -284,8 +302,10 @@ class Workflow:
             base,
             *beside,
             FitHead(config.fit_head, self._resources("fit_head"), seed),
-            Index(config.index, self._resources("index"), seed),
-            Neighbours(config.neighbours, self._resources("neighbours")),
+            FixRadius(config.index, self._resources("radius"), seed),
+            Index(config.index, self._resources("index")),
+            Edges(config.index, self._resources("edges")),
+            Neighbours(config.neighbours, config.index, self._resources("neighbours")),
             Score(config.score, self._resources("score")),
             Threshold(config.threshold, self._resources("threshold")),
             Pairs(PairsSpec(), self._resources("pairs")),
@@ -300,7 +320,7 @@ class Workflow:
             Export(config.export, self._resources("export")),
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),
             Evaluate(config.evaluate, self._resources("evaluate")),
-            Detect(config.detect, config.score, self._resources("detect")),
+            Detect(config.detect, config.score, config.index, self._resources("detect")),
             Report(config.report, self._resources("report"), timing=self.timing, about=self.about),
         ]
 

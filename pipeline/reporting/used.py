@@ -36,7 +36,7 @@ def section(parts: Parts, run: Mapping[str, Any], numbers: Numbers) -> Html:
 
 
 def _radius(parts: Parts, numbers: Numbers) -> list[Row]:
-    unit = parts.holding("index", "radius.json")
+    unit = parts.holding("radius", "radius.json")
     if unit is None:
         return []
     data, where = read_json(unit.path / "radius.json"), reference(unit)

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from bd_core.metrics import auroc
-from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, radius_graph
+from bd_core.neighbourhood import Neighbourhoods, radius_graph
 from pipeline.config import Spec
-from pipeline.formats.faiss_index import range_search, read_index
 from pipeline.formats.schemas import DETECTION, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import read_vectors
+from pipeline.neighbourhoods.csr import side_by_side, within_adaptive_radius
+from pipeline.neighbourhoods.features import read_features
+from pipeline.neighbourhoods.joins import least_cosines
+from pipeline.neighbourhoods.partitions import partitions
+from pipeline.neighbourhoods.radius import Radius
+from pipeline.neighbourhoods.spec import IndexSpec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.corrupt import CLEAN
 from pipeline.stages.fit_head import load_head
@@ -38,14 +43,14 @@ class Detect(Stage):
     """Scores every test image, clean and corrupted, by the three signals of the method."""
 
     name: ClassVar[str] = "detect"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("base", "embed", "index", "fit_head", "score", "corrupt")
+    version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("base", "embed", "radius", "fit_head", "score", "corrupt")
     what: ClassVar[str] = "measure how uncertainty and discrepancy detect corruption"
     spec: DetectSpec
 
-    def __init__(self, spec: DetectSpec, score: ScoreSpec, resources: Any = None) -> None:
+    def __init__(self, spec: DetectSpec, score: ScoreSpec, index: IndexSpec, resources: Any = None) -> None:
         super().__init__(spec, resources)
-        self._score = score
+        self._score, self._rows_at_a_time = score, index.rows_per_partition
 
     def hashed_spec(self) -> dict[str, Any]:
         """The form of the ADS."""
@@ -53,7 +58,7 @@ class Detect(Stage):
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit: all levels, so that they can be compared."""
-        given = [artefact for name in ("base", "embed", "index", "fit_head", "corrupt") for artefact in inputs[name]]
+        given = [artefact for name in ("base", "embed", "radius", "fit_head", "corrupt") for artefact in inputs[name]]
         return [Unit("detect", inputs=tuple(given))]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
@@ -62,9 +67,6 @@ class Detect(Stage):
         backbone = open_backbone(unit.one("base"))
         backbone.model.to(self.device)
         head, _ = load_head(unit.one("fit_head"))
-        reference_ND = pool.features()
-        with torch.no_grad():
-            alpha_NC = head(reference_ND)
         report = StageReport(rows_in=0, rows_out=0)
         tables = []
         for part in unit.of("corrupt"):
@@ -76,9 +78,8 @@ class Detect(Stage):
                     Static(backbone, backbone.visual), pixels, "", self.resources.batch_size, self.device
                 )
             with torch.no_grad():
-                anchor_alpha_AC = head(features_AD)
-            graph = self._graph(unit, features_AD, reference_ND)
-            columns, _, _ = score_anchors(alpha_NC, anchor_alpha_AC, graph, self._score)
+                graph = self._graph(unit, features_AD)
+                columns, _, _ = score_anchors(pool, head, head(features_AD), graph, self._score)
             samples = read_table(part.file("samples.parquet"), TEST_IMAGES, ["sample_id", "task"])
             level = pa.array([part.report["notes"]["level"]] * len(pixels), pa.string())
             named = {"sample_id": samples["sample_id"], "task": samples["task"], "level": level}
@@ -97,14 +98,16 @@ class Detect(Stage):
         }
         return report
 
-    def _graph(self, unit: Unit, features_AD: Tensor, reference_ND: Tensor) -> Neighbourhoods:
-        """Neighbours in the pool; test images are not part of it."""
-        radius = json.loads(unit.one("index").file("radius.json").read_text(encoding="utf-8"))
-        if radius["mode"] == "adaptive":
-            chosen = adaptive_min_cosine(features_AD, radius["target_degree"], base_MD=reference_ND)
-            return radius_graph(features_AD, chosen, base_MD=reference_ND)
-        index = read_index(unit.one("index").file("index.faiss"))
-        return range_search(index, features_AD.numpy(), radius["min_cosine"])
+    def _graph(self, unit: Unit, features_AD: Tensor) -> Neighbourhoods:
+        """Neighbours in the pool, exact whatever the back end, a partition at a time; no test image is in it."""
+        radius, found = Radius.read(unit.one("radius").path), []
+        queries_AD = features_AD.to(self.device)
+        for part in partitions(unit.of("embed"), self._rows_at_a_time):
+            base_ND = read_features(part.units).to(self.device)
+            near = radius_graph(queries_AD, least_cosines(queries_AD, base_ND, radius), base_MD=base_ND)
+            found.append((Neighbourhoods(near.offsets.cpu(), near.neighbours.cpu(), near.cosine.cpu()), part.first_row))
+        graph = side_by_side(found)
+        return within_adaptive_radius(graph, radius.target_degree) if radius.mode == "adaptive" else graph
 
 
 def detection_metrics(scores: pa.Table) -> dict[str, Any]:

@@ -1,91 +1,54 @@
-"""index: a FAISS index over the pool for later queries, and the radius, calibrated once for all shards."""
+"""index: for IVF, each partition's rows in the lists of the one trained quantiser; nothing for the exact back ends."""
 
-import json
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
-from pydantic import Field
+import numpy as np
 
-from bd_core.neighbourhood import Neighbourhoods, adaptive_min_cosine, calibrate_min_cosine, radius_graph
-from pipeline.config import Spec
-from pipeline.errors import ConfigError
-from pipeline.formats.faiss_index import build_flat, range_search, write_index
+from pipeline.formats.faiss_index import read_index, use_threads, write_index
+from pipeline.formats.faiss_ivf import add_part, nearest_lists
 from pipeline.formats.vectors import write_vectors
+from pipeline.neighbourhoods.features import read_features
+from pipeline.neighbourhoods.partitions import partitions
+from pipeline.neighbourhoods.radius import QUANTIZER, Radius
+from pipeline.neighbourhoods.spec import IndexSpec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.pool import Pool
 
-
-class IndexSpec(Spec):
-    """The radius. The paper publishes none; both ways of setting it are ours."""
-
-    radius: Literal["global", "adaptive"] = "global"
-    min_cosine: float | None = Field(default=None, ge=-1, le=1, description="overrides the calibration")
-    max_isolated: float = Field(default=0.02, ge=0, lt=1, description="global: share of samples left alone")
-    target_degree: int = Field(default=32, ge=1, description="adaptive: neighbours a sample should have")
-    sample: int = Field(default=4096, ge=2, description="rows the calibration looks at")
-    recall_sample: int = Field(default=256, ge=1, description="queries on which edge recall is measured")
+INDEX, PROBES = "index.faiss", "probes.npy"
+PROBES_KEPT = 8  # times those the sample needed: as far as a join can raise them without looking for lists again
 
 
 class Index(Stage):
-    """Builds the index and fixes the radius."""
+    """Builds one index a partition, each on its own."""
 
     name: ClassVar[str] = "index"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("embed",)
-    what: ClassVar[str] = "index the pool and calibrate the radius"
+    version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("embed", "radius")
+    what: ClassVar[str] = "put the pool's partitions into the lists of the quantiser"
     spec: IndexSpec
 
+    def hashed_spec(self) -> dict[str, Any]:
+        """Nothing: the quantiser is an input."""
+        return {}
+
     def units(self, inputs: Inputs) -> list[Unit]:
-        """One partition; larger pools get more of them with the approximate back ends."""
-        return [Unit("part-00", inputs=tuple(inputs["embed"]))]
+        """One unit a partition where the search is approximate; exact back ends index what they join on the spot."""
+        (radius,) = inputs["radius"]
+        if Radius.read(radius.path).backend != "ivf":
+            return []
+        parts = partitions(inputs["embed"], self.spec.rows_per_partition)
+        return [Unit(part.id, inputs=(radius, *part.units)) for part in parts]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
-        """Write `index.faiss`, `rows.npy` and `radius.json`; edge recall against the exact graph in the report."""
-        spec, pool = self.spec, Pool.of(unit.inputs)
-        report = StageReport(rows_in=pool.n_rows, rows_out=pool.n_rows)
-        features_ND = pool.features()
-        generator = torch.Generator().manual_seed(self.seed or 0)
-        with report.span("calibrate"):
-            if spec.radius == "adaptive":
-                chosen = adaptive_min_cosine(features_ND, spec.target_degree)
-                min_cosine = float(chosen.median())
-            elif spec.min_cosine is not None:
-                min_cosine = spec.min_cosine
-            else:
-                min_cosine = calibrate_min_cosine(
-                    features_ND, max_isolated=spec.max_isolated, sample=spec.sample, generator=generator
-                )
-        rows_Q = torch.randperm(len(features_ND), generator=generator)[: spec.recall_sample]
-        exact = radius_graph(features_ND[rows_Q], min_cosine, base_MD=features_ND, self_rows=rows_Q)
-        if spec.radius == "global" and exact.isolated_share == 1.0:
-            raise ConfigError(
-                f"index.min_cosine {min_cosine:g}: none of {len(rows_Q)} sampled images has a neighbour within this "
-                "radius; lower it, or leave it out and let index.max_isolated calibrate it"
-            )
+        """Write `index.faiss` (ids are rows of the partition) and `probes.npy`, each row's lists, nearest first."""
+        radius, features = unit.one("radius"), read_features(unit.of("embed")).numpy()
+        decided = Radius.read(radius.path)
+        use_threads()
+        report = StageReport(rows_in=len(features), rows_out=len(features))
+        with report.span("assign"):
+            empty = read_index(radius.file(QUANTIZER), rows=0, width=features.shape[1])
+            probes = nearest_lists(empty, features, min(decided.n_lists, PROBES_KEPT * decided.n_probes))
         with report.span("build"):
-            index = build_flat(features_ND.numpy())
-            write_index(out_dir / "index.faiss", index)
-        found = range_search(index, features_ND[rows_Q].numpy(), min_cosine, self_rows=rows_Q.numpy())
-        report.metrics = {
-            "min_cosine": min_cosine,
-            "isolated_share_sample": exact.isolated_share,
-            "edge_recall": edge_recall(exact, found, pool.n_rows),
-        }
-        write_vectors(out_dir / "rows.npy", torch.arange(len(features_ND)).numpy())
-        radius = {
-            "mode": spec.radius,
-            "min_cosine": min_cosine,
-            "target_degree": spec.target_degree,
-            "isolated_share_sample": exact.isolated_share,
-        }
-        (out_dir / "radius.json").write_text(json.dumps(radius, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            write_index(out_dir / INDEX, add_part(empty, features, probes))
+        write_vectors(out_dir / PROBES, probes.astype(np.int32))
         return report
-
-
-def edge_recall(exact: Neighbourhoods, found: Neighbourhoods, n_rows: int) -> float:
-    """The share of the exact graph's edges that `found` has too; 1.0 when there is none to find."""
-    if not len(exact.neighbours):
-        return 1.0
-    wanted, present = (graph.anchors() * n_rows + graph.neighbours for graph in (exact, found))
-    return torch.isin(wanted, present).double().mean().item()

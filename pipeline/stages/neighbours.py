@@ -1,80 +1,115 @@
-"""neighbours: the radius graph, one CSR part for each shard of the pool."""
+"""neighbours: the radius graph, one CSR part for each shard of the pool, gathered from the joins of its partition."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from pydantic import Field
 
-from bd_core.neighbourhood import adaptive_min_cosine, radius_graph
+from bd_core.neighbourhood import Neighbourhoods
 from pipeline.config import Spec
-from pipeline.formats.faiss_index import range_search, read_index
+from pipeline.errors import DataError
+from pipeline.neighbourhoods.csr import nearest, side_by_side, within_adaptive_radius
+from pipeline.neighbourhoods.partitions import Partition, pair_id, partitions
+from pipeline.neighbourhoods.radius import Radius
+from pipeline.neighbourhoods.spec import IndexSpec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
-from pipeline.stages.neighbour_files import write_neighbourhoods
-from pipeline.stages.pool import Pool
+from pipeline.stages.edges import BACKWARD, FORWARD
+from pipeline.stages.neighbour_files import read_rows, write_neighbourhoods
+from pipeline.store import Artefact
+
+RECALL_COUNTS = ("recall_edges", "recall_found")  # of the exact graph on the sample of a join; of them in the join
 
 
 class NeighboursSpec(Spec):
-    """Which back end finds the edges; both are exact."""
+    """What is done to the graph once it is found."""
 
-    backend: Literal["exact", "faiss"] = Field(
-        default="exact", description="blockwise matmul and threshold, or FAISS Flat (global radius only)"
+    max_degree: int | None = Field(
+        default=None, ge=1, description="keep only so many nearest neighbours; what is left out is counted"
     )
-    block_rows: int = Field(default=1024, ge=1)
 
 
 class Neighbours(Stage):
-    """Finds A_r(x) of every image of one shard among all images of the pool."""
+    """Puts together A_r(x) of every image of one shard."""
 
     name: ClassVar[str] = "neighbours"
-    version: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("embed", "index")
-    what: ClassVar[str] = "find the neighbours within the radius"
+    version: ClassVar[int] = 2
+    needs: ClassVar[tuple[str, ...]] = ("embed", "radius", "edges")
+    what: ClassVar[str] = "gather the neighbours within the radius"
     spec: NeighboursSpec
+
+    def __init__(self, spec: NeighboursSpec, index: IndexSpec, resources: object = None) -> None:
+        super().__init__(spec, resources)  # type: ignore[arg-type]
+        self._rows_per_partition, self._min_edge_recall = index.rows_per_partition, index.min_edge_recall
 
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit for each embed unit that has rows: a shard may hold nothing but images that others hold too."""
+        parts = partitions(inputs["embed"], self._rows_per_partition)
+        joins = {artefact.unit: artefact for artefact in inputs["edges"]}
+        check_recall(inputs["edges"], self._min_edge_recall)
         return [
-            Unit(shard.unit, inputs=(*inputs["embed"], *inputs["index"]), settings={"shard": shard.unit})
-            for shard in sorted(inputs["embed"], key=lambda artefact: artefact.unit)
-            if shard.report["rows_out"]
+            self._unit(inputs["radius"][0], shard.unit, part, parts, joins) for part in parts for shard in part.units
         ]
 
-    def setup(self, unit: Unit) -> None:
-        """Load the pool's features and the radius once."""
-        self._pool = Pool.of(unit.inputs)
-        self._features_ND = self._pool.features()
-        self._radius = json.loads(unit.one("index").file("radius.json").read_text(encoding="utf-8"))
+    @staticmethod
+    def _unit(
+        radius: Artefact, shard: str, part: Partition, parts: list[Partition], joins: dict[str, Artefact]
+    ) -> Unit:
+        rows, place = part.rows_of(shard), parts.index(part)
+        given, sources = [], []
+        for number, other in enumerate(parts):
+            first, second = (other, part) if number < place else (part, other)
+            name = pair_id(first, second)
+            if name not in joins:
+                raise DataError(f"the join {name} is missing, so {shard} would lack neighbours; run again to make it")
+            given.append(joins[name])
+            sources.append([name, BACKWARD if number < place else FORWARD, other.first_row])
+        settings = {"rows": [rows.start, rows.stop], "joins": sources}
+        return Unit(shard, inputs=(radius, *given), settings=settings)
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
-        """Write the shard's CSR part: sorted, self excluded, radius inclusive."""
-        rows = self._pool.rows_of(unit.settings["shard"])
-        rows_Q = torch.arange(rows.start, rows.stop)
-        queries_QD = self._features_ND[rows_Q]
-        report = StageReport(rows_in=len(rows), rows_out=len(rows))
-        with report.span("neighbours"):
-            if self._radius["mode"] == "adaptive":
-                radius_Q = adaptive_min_cosine(
-                    queries_QD, self._radius["target_degree"], base_MD=self._features_ND, self_rows=rows_Q
-                )
-                graph = radius_graph(queries_QD, radius_Q, base_MD=self._features_ND, self_rows=rows_Q)
-            elif self.spec.backend == "faiss":
-                index = read_index(unit.one("index").file("index.faiss"))
-                graph = range_search(index, queries_QD.numpy(), self._radius["min_cosine"], rows_Q.numpy())
-            else:
-                graph = radius_graph(
-                    queries_QD,
-                    self._radius["min_cosine"],
-                    base_MD=self._features_ND,
-                    self_rows=rows_Q,
-                    block_rows=self.spec.block_rows,
-                )
+        """Write the shard's CSR part: neighbours are rows of the pool, sorted; self excluded, radius inclusive."""
+        radius = Radius.read(unit.one("radius").path)
+        start, stop = unit.settings["rows"]
+        report = StageReport(rows_in=stop - start, rows_out=stop - start)
+        with report.span("gather"):
+            graph = side_by_side(
+                [
+                    (read_rows(unit.one("edges", name).path / direction, start, stop), first_row)
+                    for name, direction, first_row in unit.settings["joins"]
+                ]
+            )
+            if radius.mode == "adaptive":
+                graph = within_adaptive_radius(graph, radius.target_degree)
+            graph, truncated = self._capped(graph)
         report.metrics = {
             "edges": float(len(graph.neighbours)),
             "isolated": float(graph.n_isolated),
             "max_degree": float(graph.degree.max()),
-            "truncated": 0.0,
+            "truncated": float(truncated),
         }
         write_neighbourhoods(out_dir, graph)
         return report
+
+    def _capped(self, graph: Neighbourhoods) -> tuple[Neighbourhoods, int]:
+        """The graph with at most `max_degree` neighbours an anchor, and how many edges that left out."""
+        if self.spec.max_degree is None:
+            return graph, 0
+        capped = nearest(graph, self.spec.max_degree)
+        return capped, len(graph.neighbours) - len(capped.neighbours)
+
+
+def measured_recall(joins: Sequence[Artefact]) -> float | None:
+    """Edge recall over the samples of all joins together; None where they are exact by construction."""
+    wanted, found = (sum(float(a.report["metrics"].get(name, 0)) for a in joins) for name in RECALL_COUNTS)
+    return found / wanted if wanted else None
+
+
+def check_recall(joins: Sequence[Artefact], least: float) -> None:
+    """Nothing; `DataError` when the joins lost more edges than they may: never fewer edges without a word."""
+    recall = measured_recall(joins)
+    if recall is not None and recall < least:
+        raise DataError(
+            f"edges: edge recall is {recall:.4f} over all {len(joins)} joins, index.min_edge_recall is {least:g}; set "
+            f"it to {(1 + least) / 2:g} for the joins to search further, or set index.backend=exact"
+        )

@@ -25,7 +25,7 @@ class Pairs(Stage):
     """Splits one shard's edges into positives (d < epsilon) and negatives (d >= epsilon)."""
 
     name: ClassVar[str] = "pairs"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("embed", "neighbours", "score", "threshold")
     what: ClassVar[str] = "split neighbours into contrastive pairs"
     spec: PairsSpec
@@ -33,8 +33,13 @@ class Pairs(Stage):
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit for each score unit, with the neighbours unit it scored."""
         graphs = {part.unit: part for part in inputs["neighbours"]}
+        pool = Pool.of(inputs["embed"])
         return [
-            Unit(part.unit, inputs=(*inputs["embed"], graphs[part.unit], part, *inputs["threshold"]))
+            Unit(
+                part.unit,
+                inputs=(graphs[part.unit], part, *inputs["threshold"]),
+                settings={"first_row": pool.rows_of(part.unit).start},
+            )
             for part in inputs["score"]
         ]
 
@@ -43,11 +48,10 @@ class Pairs(Stage):
         graph = read_neighbourhoods(unit.one("neighbours").path)
         ads_E = torch.from_numpy(read_vectors(unit.one("score").file("ads.npy")).copy())
         epsilon = json.loads(unit.one("threshold").file("epsilon.json").read_text(encoding="utf-8"))["epsilon"]
-        first_row = Pool.of(unit.inputs).rows_of(unit.id).start
         pairs = split_pairs(ads_E, graph, epsilon)
         positive = pairs.positive.numpy()
         columns = {
-            "anchor": pairs.anchor.numpy() + first_row,
+            "anchor": pairs.anchor.numpy() + unit.settings["first_row"],
             "other": pairs.other.numpy(),
             "kind": np.where(positive, "positive", "negative"),
             "cosine": graph.cosine.numpy(),

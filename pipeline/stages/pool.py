@@ -1,6 +1,7 @@
 """The auxiliary pool: what `embed` made of the unlabelled images, as one set of rows.
 
-Global row = position over the embed units in order of their ids. Shape letters: N rows, D feature width, W token width.
+Global row = position over the embed units in order of their ids. Shape letters: N rows, D feature width, W token width,
+R rows asked for.
 """
 
 from collections.abc import Sequence
@@ -8,12 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.formats.schemas import EMBEDDED
 from pipeline.formats.tables import read_table
 from pipeline.formats.vectors import read_vectors
+from pipeline.neighbourhoods.features import features_at, read_features
 from pipeline.store import Artefact
 
 
@@ -41,12 +44,17 @@ class Pool:
         return range(self.first_row[place], (*self.first_row, self.n_rows)[place + 1])
 
     def features(self) -> Tensor:
-        """float32 [N, D], L2-normalised."""
-        return self._vectors("features.npy")
+        """float32 [N, D], L2-normalised; `DataError` where they are not."""
+        return read_features(self.units)
+
+    def features_at(self, rows_R: NDArray[np.int64]) -> Tensor:
+        """float32 [R, D]: these rows, ascending; nothing else is read."""
+        return features_at(self.units, rows_R)
 
     def tokens(self) -> Tensor:
         """float32 [N, W]: the pooled token embeddings."""
-        return self._vectors("tokens.npy")
+        parts = [read_vectors(unit.file("tokens.npy")) for unit in self.units]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False))
 
     def tasks(self) -> list[str]:
         """The task of every row."""
@@ -55,7 +63,3 @@ class Pool:
             for unit in self.units
             for task in read_table(unit.file("samples.parquet"), EMBEDDED, ["task"])["task"].to_pylist()
         ]
-
-    def _vectors(self, name: str) -> Tensor:
-        parts = [read_vectors(unit.file(name)) for unit in self.units]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False))

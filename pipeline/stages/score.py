@@ -3,9 +3,11 @@
 Shape letters: A anchors (rows of the shard), N rows of the pool, C classes, E edges.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
@@ -13,12 +15,14 @@ from torch import Tensor
 
 from bd_core.dirichlet import iec, opinion
 from bd_core.discrepancy import adjacency_discrepancy, divergence, negative_sharpness_share, sharpness
+from bd_core.head import EvidentialHead
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.config import Spec
 from pipeline.errors import ConfigError
 from pipeline.formats.schemas import SCORES
 from pipeline.formats.tables import write_table
 from pipeline.formats.vectors import write_vectors
+from pipeline.neighbourhoods.csr import rows_of
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.fit_head import load_head
 from pipeline.stages.neighbour_files import read_neighbourhoods
@@ -37,13 +41,14 @@ class ScoreSpec(Spec):
     max_negative_sharpness: float = Field(
         default=0.05, ge=0, le=1, description="with `paper`: refuse when more anchors than this have Sharp < 0; ours"
     )
+    memory_mib: int = Field(default=512, ge=1, description="what the evidence of one block of edges may take")
 
 
 class Score(Stage):
     """Scores every edge of one shard's neighbourhoods."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("embed", "fit_head", "neighbours")
     what: ClassVar[str] = "score uncertainty and adjacency discrepancy"
     spec: ScoreSpec
@@ -53,11 +58,9 @@ class Score(Stage):
         return [Unit(part.unit, inputs=(*inputs["embed"], *inputs["fit_head"], part)) for part in inputs["neighbours"]]
 
     def setup(self, unit: Unit) -> None:
-        """Evidence of the whole pool, once."""
+        """The head; evidence is made of those rows only that a shard has edges to."""
         self._pool = Pool.of(unit.inputs)
-        head, _ = load_head(unit.one("fit_head"))
-        with torch.no_grad():
-            self._alpha_NC = head(self._pool.features())
+        self._head, _ = load_head(unit.one("fit_head"))
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Write `scores.parquet` (a row an image) and `ads.npy` (a value an edge)."""
@@ -65,10 +68,9 @@ class Score(Stage):
         rows = self._pool.rows_of(part.unit)
         graph = read_neighbourhoods(part.path)
         report = StageReport(rows_in=len(rows), rows_out=len(rows))
-        with report.span("score"):
-            columns, ads_E, negative_share = score_anchors(
-                self._alpha_NC, self._alpha_NC[rows.start : rows.stop], graph, self.spec
-            )
+        with report.span("score"), torch.no_grad():
+            anchor_alpha_AC = self._head(self._pool.features_at(np.arange(rows.start, rows.stop)))
+            columns, ads_E, negative_share = score_anchors(self._pool, self._head, anchor_alpha_AC, graph, self.spec)
         if self.spec.sharpness == "paper" and negative_share > self.spec.max_negative_sharpness:
             raise ConfigError(
                 f"score.sharpness=paper: Sharp < 0 for {negative_share:.1%} of the anchors of {part.unit}, above "
@@ -82,28 +84,58 @@ class Score(Stage):
 
 
 def score_anchors(
-    alpha_NC: Tensor, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
+    pool: Pool, head: EvidentialHead, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
 ) -> tuple[dict[str, pa.Array], Tensor, float]:
     """Columns (u, iec, sharpness, divergence, mean_ads, degree) of the anchors, ADS [E], the share with Sharp < 0.
 
-    Isolated anchors have no sharpness, divergence or ADS: null, never zero.
+    Neighbours are rows of the pool. Isolated anchors have no sharpness, divergence or ADS: null, never zero.
     """
+    signals: dict[str, list[Tensor]] = {"sharpness": [], "divergence": [], "mean_ads": []}
+    ads = []
+    for anchors in _blocks(graph, spec.memory_mib * 2**20 // _edge_bytes(anchor_alpha_AC.shape[1])):
+        block = rows_of(graph, torch.arange(anchors.start, anchors.stop))
+        rows, neighbours = torch.unique(block.neighbours, return_inverse=True)
+        # The formulas want a base of at least as many rows as anchors, and one even where there is no edge.
+        near_alpha = [head(pool.features_at(rows.numpy()))] if len(rows) else []
+        alpha_NC = torch.cat([*near_alpha, anchor_alpha_AC[anchors]])
+        near = Neighbourhoods(block.offsets, neighbours, block.cosine)
+        ads_E, found = _block_scores(alpha_NC, anchor_alpha_AC[anchors], near, spec)
+        ads.append(ads_E)
+        for name, values in found.items():
+            signals[name].append(values)
+    gathered = {"u": opinion(anchor_alpha_AC).uncertainty, "iec": iec(anchor_alpha_AC)}
+    gathered |= {name: torch.cat(values) for name, values in signals.items()}
+    columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in gathered.items()}
+    columns["degree"] = pa.array(graph.degree.numpy(), pa.int64())
+    return columns, torch.cat(ads).float(), negative_sharpness_share(gathered["sharpness"])
+
+
+def _block_scores(
+    alpha_NC: Tensor, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """ADS of every edge, and what each anchor's edges come to."""
     ads_E = adjacency_discrepancy(
         alpha_NC, graph, sharpness=spec.sharpness, anchor_alpha=anchor_alpha_AC, factors=spec.factors
     )
-    sharp_A = sharpness(alpha_NC, graph, form=spec.sharpness)
     degree_A = graph.degree
     summed_A = torch.zeros(len(degree_A), dtype=ads_E.dtype).index_add_(0, graph.anchors(), ads_E)
-    signals = {
-        "u": opinion(anchor_alpha_AC).uncertainty,
-        "iec": iec(anchor_alpha_AC),
-        "sharpness": sharp_A,
+    return ads_E, {
+        "sharpness": sharpness(alpha_NC, graph, form=spec.sharpness),
         "divergence": divergence(alpha_NC, graph, anchor_alpha=anchor_alpha_AC),
         "mean_ads": torch.where(degree_A > 0, summed_A / degree_A, torch.nan),
     }
-    columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in signals.items()}
-    return (
-        columns | {"degree": pa.array(degree_A.numpy(), pa.int64())},
-        ads_E.float(),
-        negative_sharpness_share(sharp_A),
-    )
+
+
+def _edge_bytes(n_classes: int) -> int:
+    """An edge's far end in memory: its evidence and what the formulas make of it, were each edge to another row."""
+    return 4 * 4 * n_classes
+
+
+def _blocks(graph: Neighbourhoods, edges: int) -> Iterator[slice]:
+    """Runs of anchors with at most so many edges; an anchor that has more is a run of its own."""
+    start = 0
+    while start < graph.n_anchors:
+        room = int(graph.offsets[start]) + max(edges, 1)
+        stop = int(torch.searchsorted(graph.offsets, room, right=True)) - 1
+        yield slice(start, max(stop, start + 1))
+        start = max(stop, start + 1)

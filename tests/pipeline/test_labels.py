@@ -11,7 +11,7 @@ from pipeline.run import run
 from pipeline.store import Store
 from pipeline.workflow import Workflow
 
-FITTED = ("fit_head", "index", "neighbours", "score", "threshold", "pairs", "fit_router")
+FITTED = ("fit_head", "radius", "edges", "neighbours", "score", "threshold", "pairs", "fit_router")
 
 
 def fitted(tiny: Tiny, name: str, turn: int) -> dict[str, bytes]:

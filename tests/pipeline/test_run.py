@@ -190,12 +190,12 @@ def test_a_new_image_costs_its_shard_its_embedding_and_what_depends_on_all(finis
     (images / "low" / "train" / "two" / "900.png").write_bytes(new)  # the last of its task: it goes into shard 1
     began = clock()
     workflow = Workflow.load(finished_copy.config)
-    workflow.stages = workflow.stages[:10]  # up to the pairs; everything after them depends on all of them
+    workflow.stages = workflow.stages[:12]  # up to the pairs; everything after them depends on all of them
     run(workflow, RESUME)
     made = made_since(finished_copy.store, began)
     everywhere = {f"{task}-train-0000{number}" for task in ("low", "high") for number in (0, 1)}
     own = {"shard/low-train-00001", "embed/low-train-00001"}
-    shared = {"fit_head/head", "index/part-00", "threshold/epsilon"}
+    shared = {"fit_head/head", "radius/radius", "edges/high-train-00000", "threshold/epsilon"}
     parts = {f"{stage}/{unit}" for stage in ("neighbours", "score", "pairs") for unit in everywhere}
     assert made == own | shared | parts
 

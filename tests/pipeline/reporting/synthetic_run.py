@@ -52,7 +52,7 @@ TIMING: tuple[tuple[str, int, float, float, float, dict[str, float], int, int], 
     ("experts", 4, 61.0, 118.0, 0.3, {"forward_backward": 111.0, "decode": 5.0}, 22_000_000, 2),
     ("embed", 2, 7.2, 11.9, 0.2, {"forward": 9.8, "decode": 1.7}, 3_100_000, 2),
     ("fit_head", 1, 9.6, 5.1, 0.1, {"forward_backward": 4.4}, 130_000, 1),
-    ("index", 1, 0.9, 0.5, 0.1, {"build": 0.2}, 1_300_000, 1),
+    ("radius", 1, 0.9, 0.5, 0.1, {"calibrate": 0.2}, 1_300, 1),
     ("neighbours", 2, 1.1, 0.9, 0.1, {"search": 0.8}, 2_500_000, 2),
     ("score", 2, 1.4, 1.2, 0.1, {"score": 1.0}, 900_000, 2),
     ("pairs", 2, 0.8, 0.5, 0.1, {}, 2_100_000, 2),
@@ -203,7 +203,7 @@ class Synthetic:
 
     def _graph(self) -> None:
         radius = {"mode": "global", "min_cosine": 0.8412, "isolated_share_sample": 0.0195}
-        self.add("index", "part-00", {"radius.json": radius})
+        self.add("radius", "radius", {"radius.json": radius})
         n = len(self.task)
         crowd = self.rng.lognormal(2.6, 1.2, n).astype(int).clip(0, 200)
         crowd[self.rng.random(n) < 0.05] = 0

@@ -140,5 +140,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def _all_but(model: str) -> list[str]:
-    stages = ["shard", "embed", "base", "experts", "fit_head", "fit_router", "index", "neighbours", "score", "pairs"]
+    stages = ["shard", "embed", "base", "experts", "fit_head", "fit_router", "radius", "neighbours", "score", "pairs"]
     return [*stages, "baselines", "export", "threshold", "detect", *(name for name in TITLES if name != model)]
