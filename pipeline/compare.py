@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Group
@@ -59,6 +59,7 @@ class RunRow:
     protocol: str
     accuracy: dict[str, float | None]
     relative_drop: dict[str, float | None]
+    unseen: dict[str, float | None] = field(default_factory=dict)  # accuracy over tasks that were only evaluated
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def run_rows(artefacts: Artefacts) -> list[RunRow]:
             clean = accuracy.get(CLEAN)
             drop = {level: _drop(clean, value) for level, value in accuracy.items()}
             title = str(metrics.get("title", metrics["model"]))
-            rows.append(RunRow(str(metrics["model"]), title, protocol, accuracy, drop))
+            apart = {level: cell["mean_unseen"]["accuracy"] for level, cell in levels.items() if "mean_unseen" in cell}
+            rows.append(RunRow(str(metrics["model"]), title, protocol, accuracy, drop, apart))
     return rows
 
 

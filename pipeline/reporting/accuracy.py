@@ -27,7 +27,8 @@ def main_tables(results: Results, numbers: Numbers) -> Html:
 
 def _protocol_table(results: Results, protocol: str, numbers: Numbers) -> Html:
     shown = [model for model in results.models if model.protocols.get(protocol)]
-    title = tag("h3", f"Mean accuracy over {len(results.tasks)} tasks, {PROTOCOLS[protocol]} (%)")
+    n_tasks = len(results.tasks) - len(results.unseen)
+    title = tag("h3", f"Mean accuracy over {n_tasks} tasks, {PROTOCOLS[protocol]} (%)")
     if not shown:
         return join([title, note(f"No model was evaluated with the protocol “{PROTOCOLS[protocol]}”.")])
     columns: list[str | None] = [*results.levels, None]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.reporting import accuracy, calibration, graph, losses, pairs, ranking, router, timing, trust, used
+from pipeline.reporting import accuracy, calibration, graph, losses, pairs, ranking, router, timing, trust, unseen, used
 from pipeline.reporting.costs import read_costs
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.headline import Verdict, asides, certainty, headline, percent, signed, verdict
@@ -35,7 +35,7 @@ def build_report(artefacts: Mapping[str, Sequence[Artefact]], run: Mapping[str, 
     """
     parts, numbers, gallery = Parts(artefacts), Numbers(), Gallery()
     results = read_results(parts)
-    predictions = read_predictions(parts)
+    predictions = read_predictions(parts, results.unseen)
     outcomes = {protocol: verdict(results, predictions, protocol) for protocol in PROTOCOLS}
     _record_outcomes(outcomes, numbers)
     sections = _sections(parts, run, results, predictions, gallery, numbers)
@@ -64,7 +64,9 @@ def _sections(
 ) -> list[Section]:
     has_results = bool(results.models)
     nothing = note("No model was evaluated in this run.")
-    table_body = accuracy.main_tables(results, numbers) if has_results else nothing
+    table_body = nothing
+    if has_results:
+        table_body = join([accuracy.main_tables(results, numbers), unseen.table(results, numbers)])
     return [
         Section("results", "Results", "Methods against corruption, as in the paper’s table.", table_body),
         Section(

@@ -3,7 +3,7 @@
 Labels are read here and in `pairs` only to judge what was fitted without them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,26 @@ def labels_by_image(parts: Parts) -> tuple[pa.Array, Floats]:
     return image_keys(table), numbers_of(table, "label")
 
 
-def read_predictions(parts: Parts) -> dict[str, Predictions]:
-    """{protocol: {model: outcomes}} of every model with labelled predictions; the others are left out."""
+def read_predictions(parts: Parts, unseen: Sequence[str] = ()) -> dict[str, Predictions]:
+    """{protocol: {model: outcomes}} of every model with labelled predictions, tasks that are `unseen` left out."""
     found: dict[str, Predictions] = {}
     for protocol, suffix in SUFFIXES.items():
         models = {}
         for unit in parts.units("evaluate"):
             path = unit.file("predictions.parquet")
             if path.is_file():
-                outcomes = _outcomes(path, suffix)
+                outcomes = _outcomes(path, suffix, unseen)
                 if len(outcomes.image):
                     models[unit.unit] = outcomes
         found[protocol] = models
     return found
 
 
-def _outcomes(path: Path, suffix: str) -> Outcomes:
+def _outcomes(path: Path, suffix: str, unseen: Sequence[str]) -> Outcomes:
     answer = [f"{name}{suffix}" for name in ("label", "prediction", "confidence")]
     table = read_table(path, ("sample_id", "task", "level", *answer))
+    if unseen:
+        table = table.filter(pc.invert(pc.is_in(table.column("task"), pa.array(unseen))))
     label, prediction, confidence = (numbers_of(table, name) for name in answer)
     known = label >= 0
     return Outcomes(

@@ -27,6 +27,7 @@ class ModelResult:
     reference: str
     against_dense: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)  # {protocol: {level: share}}
     method: Mapping[str, Any] | None = None  # name, parameters, need; None for a reference
+    unseen: tuple[str, ...] = ()  # tasks whose experts are not merged; no mean but their own counts them
 
     @property
     def ours(self) -> bool:
@@ -58,6 +59,13 @@ class ModelResult:
             ]
         )
 
+    def over(self, protocol: str, level: str | None, *, unseen: bool) -> float | None:
+        """Mean accuracy over the seen or the unseen tasks, at one level or over the corrupted ones."""
+        which = "mean_unseen" if unseen else "mean"
+        levels = [each for each in self.levels if each != CLEAN] if level is None else [level]
+        cells = [(self.protocols.get(protocol) or {}).get(each) or {} for each in levels]
+        return mean_or_none([_number((cell.get(which) or {}).get("accuracy")) for cell in cells])
+
     def drop(self, protocol: str, level: str) -> float | None:
         """(accuracy − clean accuracy) / clean accuracy: negative where accuracy was lost."""
         clean, shifted = self.mean(protocol, CLEAN), self.mean(protocol, level)
@@ -85,6 +93,11 @@ class Results:
     def tasks(self) -> tuple[str, ...]:
         """Tasks in the order measured."""
         return max((model.tasks for model in self.models), key=len, default=())
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Tasks that were only evaluated."""
+        return next((model.unseen for model in self.models), ())
 
     @property
     def contenders(self) -> tuple[ModelResult, ...]:
@@ -115,6 +128,7 @@ def read_results(parts: Parts) -> Results:
                 reference=reference(unit),
                 against_dense=data.get("compared_with_dense") or {},
                 method=data.get("method"),
+                unseen=tuple(map(str, data.get("unseen") or ())),
             )
         )
     return Results(tuple(sorted(models, key=lambda model: display_order(model.name))))

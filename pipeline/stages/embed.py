@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from pipeline.config import Spec
+from pipeline.config import Resources, Spec
 from pipeline.formats.schemas import EMBEDDED, REJECTS, SAMPLES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import write_vectors
@@ -25,7 +25,7 @@ class EmbedSpec(Spec):
 
 
 class Embed(Stage):
-    """Embeds every train shard; from here on nothing that fits sees a label."""
+    """Embeds every train shard but those of unseen tasks; from here on nothing that fits sees a label."""
 
     name: ClassVar[str] = "embed"
     version: ClassVar[int] = 1
@@ -33,12 +33,17 @@ class Embed(Stage):
     what: ClassVar[str] = "embed the auxiliary images with the pretrained backbone"
     spec: EmbedSpec
 
+    def __init__(self, spec: EmbedSpec, resources: Resources, *, unseen: Sequence[str] = ()) -> None:
+        super().__init__(spec, resources)
+        self._unseen = frozenset(unseen)
+
     def units(self, inputs: Inputs) -> list[Unit]:
         """One unit a train shard, told which of its images other shards of the task have already."""
         seen = repeated(inputs["shard"])
         return [
             Unit(shard.unit, inputs=(shard, *inputs["base"]), settings={"repeated": seen[shard.unit]})
             for shard in of_split(inputs["shard"], "train")
+            if shard.report["notes"]["task"] not in self._unseen
         ]
 
     def setup(self, unit: Unit) -> None:

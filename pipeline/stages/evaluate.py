@@ -57,6 +57,9 @@ class EvaluateSpec(Spec):
         gt=0,
         description="routed models share one merged copy among samples whose weights lie this near; None: never",
     )
+    unseen: tuple[str, ...] = Field(
+        default=(), description="tasks that are only evaluated: no expert of theirs is merged, no image is fitted on"
+    )
     compare_dense: bool = Field(
         default=True, description="also run compressed models with whole task vectors, and tell the difference"
     )
@@ -138,7 +141,7 @@ class Evaluate(Stage):
         judge = _Judge(self.spec, merged, heads, unified_heads(base, space), space, backbone.logit_scale)
         for part in unit.of("corrupt"):
             pixels = torch.from_numpy(read_vectors(part.file("images.npy")).copy())
-            if not len(pixels):
+            if not len(pixels) or not merged.knows(part.report["notes"]["task"]):
                 continue
             with report.span("forward_backward"):
                 features, weights = features_of(
@@ -216,6 +219,7 @@ class _Judge:
         """The content of `metrics.json`."""
         columns = self.predictions().to_pandas()
         columns = columns[columns["label"] >= 0]
+        seen = columns[~columns["task"].isin(self._spec.unseen)]
         protocols: dict[str, Any] = {"task_known": self._protocol(columns, "")}
         protocols["task_free"] = self._protocol(columns, "_free") if self._merged.task_free else None
         return {
@@ -223,12 +227,11 @@ class _Judge:
             "title": self._merged.title,
             "method": self._merged.method,
             "tasks": list(self._heads),
+            "unseen": list(self._spec.unseen),
             "levels": self._levels,
             "protocols": protocols,
             "reliability": {
-                level: self._reliability(own)
-                for level in self._levels
-                if len(own := columns[columns["level"] == level])
+                level: self._reliability(own) for level in self._levels if len(own := seen[seen["level"] == level])
             },
             "router": self._router(),
             "mode": None,  # of the per-sample merge; None where nothing is routed
@@ -238,17 +241,22 @@ class _Judge:
         }
 
     def _protocol(self, columns: Any, suffix: str) -> dict[str, Any]:
+        """{level: scores of every task, their mean, and of unseen tasks, which are not in it, a mean of their own}."""
         found: dict[str, Any] = {}
+        of_mean = {"mean": [task for task in self._heads if task not in self._spec.unseen]}
+        if self._spec.unseen:
+            of_mean["mean_unseen"] = list(self._spec.unseen)
         for level in self._levels:
             tasks = {}
             for task in self._heads:
                 own = columns[(columns["level"] == level) & (columns["task"] == task)]
                 tasks[task] = {"n": len(own), **self._scores(own, suffix)}
-            measured = [scores for scores in tasks.values() if scores["n"]]
-            mean = {name: _mean([scores[name] for scores in measured]) for name in SCORES}
-            clean = found[CLEAN]["mean"]["accuracy"] if found else mean["accuracy"]
-            mean["relative_drop"] = _drop(clean, mean["accuracy"])
-            found[level] = {"tasks": tasks, "mean": mean}
+            found[level] = {"tasks": tasks}
+            for which, chosen in of_mean.items():
+                measured = [tasks[task] for task in chosen if tasks[task]["n"]]
+                mean = {name: _mean([scores[name] for scores in measured]) for name in SCORES}
+                clean = found.get(CLEAN, {}).get(which, mean)["accuracy"]
+                found[level][which] = mean | {"relative_drop": _drop(clean, mean["accuracy"])}
         return found
 
     def _scores(self, own: Any, suffix: str) -> dict[str, float | None]:

@@ -105,7 +105,7 @@ class FitRouter(FitStage):
             null_expert=self.spec.null_expert,
             generator=torch.Generator().manual_seed(self.seed or 0),
         )
-        tokens_NW = pool.tokens()
+        tokens_NW, heads = pool.tokens(), class_heads(unit.one("base"))
         router.standardise(tokens_NW)
         with report.span("decode"):
             images = PoolImages(unit.payload, pool, backbone)
@@ -113,7 +113,7 @@ class FitRouter(FitStage):
             self.spec,
             router.to(device),
             merged,
-            heads=[backbone.logit_scale * head.to(device) for head in class_heads(unit.one("base")).values()],
+            heads=[backbone.logit_scale * heads[task].to(device) for task in experts.tasks],
             pairs=PairSampler.read(unit.of("pairs")),
             task_rows=task_rows(pool.tasks(), experts.tasks),
             tokens_NW=tokens_NW,

@@ -51,6 +51,11 @@ class Merged:
     cost: dict[str, Any]
     method: dict[str, Any] | None = None  # its name, parameters and need; None: a reference
     task_free: bool = True  # whether it can be run without being told the task
+    only: tuple[str, ...] | None = None  # the tasks it can be run on, where not all
+
+    def knows(self, task: str) -> bool:
+        """Whether it can be run on the images of this task at all."""
+        return self.only is None or task in self.only
 
 
 def write_static(directory: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
@@ -111,7 +116,8 @@ def open_merged(unit: Unit, backbone: Backbone, device: torch.device, grouped_di
         return _reference(unit.id, Static(backbone, backbone.visual.to(device)), n_base, n_base)
     if unit.id == "experts":
         towers = {a.unit: _tower(backbone, load_file(a.file(VISUAL)), device) for a in unit.of("experts")}
-        return _reference(unit.id, Individual(backbone, towers), n_base, n_base * len(towers))
+        found = _reference(unit.id, Individual(backbone, towers), n_base, n_base * len(towers))
+        return replace(found, task_free=False, only=tuple(towers))
     if grouped_distance is None:
         return open_directory(merged_model(unit).path, backbone, device)
     return open_directory(merged_model(unit).path, backbone, device, "grouped", grouped_distance)
@@ -178,7 +184,7 @@ def _tower(backbone: Backbone, state: Mapping[str, Tensor], device: torch.device
 
 def _reference(name: str, predictor: Predictor, n_base: int, n_all: int) -> Merged:
     cost = _cost(n_base, n_all, dynamic=False)
-    return Merged(REFERENCES[name], predictor, False, [], [], cost, task_free=name != "experts")
+    return Merged(REFERENCES[name], predictor, False, [], [], cost)
 
 
 def _merged(recipe: Mapping[str, Any], predictor: Predictor, cost: dict[str, Any]) -> Merged:

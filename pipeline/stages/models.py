@@ -42,10 +42,11 @@ class Experts:
 
     @classmethod
     def of(cls, artefacts: Sequence[Artefact]) -> Self:
-        """The experts among `artefacts`, beside the base among them."""
+        """The experts among `artefacts`, beside the base among them; a task without an expert is not merged."""
         base = next(artefact for artefact in artefacts if artefact.stage == "base")
         experts = {artefact.unit: artefact for artefact in artefacts if artefact.stage == "experts"}
-        tasks = tuple(json.loads(base.file("classes.json").read_text(encoding="utf-8")))
+        every_task = json.loads(base.file("classes.json").read_text(encoding="utf-8"))
+        tasks = tuple(task for task in every_task if task in experts)
         return cls(visual_state(base), [load_file(experts[task].file(VISUAL)) for task in tasks], tasks)
 
     @property

@@ -116,6 +116,9 @@ def _results(artefacts: Artefacts, by_model: bool = False) -> list[Point]:
             for name, value in (("accuracy", accuracy), ("relative_drop", row.relative_drop[level])):
                 if value is not None:
                     points.append(Point(metric_name(*head, level, name), value))
+        for level, value in row.unseen.items():
+            if value is not None:
+                points.append(Point(metric_name(*head, level, "unseen_accuracy"), value))
     return points
 
 
