@@ -61,7 +61,7 @@ def slow_fit(steps: int, rank: int, seed: int) -> tuple[dict[str, tuple[Tensor, 
             optimisers[task].zero_grad()
             loss.backward()
             optimisers[task].step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         history.append(sum(losses) / len(losses))
     return {task: (down.detach(), up.detach()) for task, (down, up) in parts.items()}, history
 
