@@ -17,7 +17,7 @@ from torch import Tensor
 from bd_core.methods.selection import kth_smallest_rows
 from bd_core.methods.stream import Merged, StateDict, chunks, entrywise, merged_names, unmerged
 
-__all__ = ["Trim", "check_keep", "disjoint_merge", "ties"]
+__all__ = ["Trim", "Trimmed", "agreeing", "check_keep", "disjoint_merge", "ties"]
 
 Trim = Literal["global", "per_tensor"]
 
@@ -119,15 +119,20 @@ def check_keep(place: str, keep: float) -> None:
         raise ValueError(f"{place}: keep={keep} must lie in (0, 1]")
 
 
-def disjoint_merge(
-    trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed, merge: Literal["sum", "mean"]
-) -> Float[Tensor, " n"]:
-    """The sum or mean of the entries whose sign is that of their sum; exact cancellation takes the majority's sign."""
+def agreeing(trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed) -> Float[Tensor, "K n"]:
+    """The entries with the sign of their sum (the majority's where it cancels), the rest at zero, in place."""
     sign_n = trimmed_Kn.sum(0).sign_()
     cancelled_n = (sign_n == 0).logical_and_((trimmed_Kn != 0).any(0)) if bool((sign_n == 0).any()) else None
     if cancelled_n is not None and bool(cancelled_n.any()):
         # Asking for it reads all task vectors once more, and through another buffer.
         sign_n[cancelled_n] = trimmed.majority_sign
-    agreeing_Kn = trimmed_Kn.mul_((trimmed_Kn * sign_n) > 0)
+    return trimmed_Kn.mul_((trimmed_Kn * sign_n) > 0)
+
+
+def disjoint_merge(
+    trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed, merge: Literal["sum", "mean"]
+) -> Float[Tensor, " n"]:
+    """The sum or mean of the `agreeing` entries."""
+    agreeing_Kn = agreeing(trimmed_Kn, trimmed)
     total_n = agreeing_Kn.sum(0)
     return total_n if merge == "sum" else total_n / (agreeing_Kn != 0).sum(0).clamp_min_(1)
