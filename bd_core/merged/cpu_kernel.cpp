@@ -3,93 +3,18 @@
 //     forward   y_b  = x_b W_b^T + bias_b,   W_b = W_0 + sum_k w_bk tau_k
 //     backward  dx_b = dy_b W_b,             dw_bk = <dy_b^T x_b, tau_k>
 //
-// float32, all contiguous: x [B, T, I], y [B, T, O], w [B, K], bias [B, O], W_0 [O, I]; tau [K, O, I] with contiguous
-// matrices, `k_stride` elements from one expert to the next. A block of W_0 and tau is packed once for a group of
-// samples, in the order the product reads it: [1 + K] [panel of outputs] [summed index] [PANEL], zeros beyond the
-// edge. A sample's result depends neither on its batch nor on the number of threads. VL, floats in a vector, is set
-// by the build.
+// float32, all contiguous: x [B, T, I], y [B, T, O], w [B, K], bias [B, O], W_0 [O, I]; tau [K, O, I] in float32 or
+// bfloat16 with contiguous matrices, `k_stride` elements from one expert to the next. A block of W_0 and tau is packed
+// once for a group of samples, in the order the product reads it: [1 + K] [panel of outputs] [summed index] [PANEL],
+// zeros beyond the edge; few samples take the way of cpu_few.h, with the same sums. A sample's y and dx depend neither on
+// its batch nor on the number of threads, to the last bit; dw sums in an order of its own for few samples.
 
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "cpu_few.h"
+#include "cpu_parts.h"
 
-typedef float vec __attribute__((vector_size(4 * VL), aligned(4), may_alias));
-typedef std::int64_t n_t;
-
-static const n_t PANEL = 2 * VL;
 static const n_t WIDTH = 4 * PANEL;  // outputs of a block
 static const n_t DEPTH = 192;        // summed indices of a block
 static const n_t MAX_GROUP = 64;     // samples that share a packed block
-
-static inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
-static inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
-static inline n_t least(n_t a, n_t b) { return a < b ? a : b; }
-static inline n_t blocks(n_t n, n_t size) { return (n + size - 1) / size; }
-
-static inline float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < VL; ++i) total += v[i];
-    return total;
-}
-
-typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int order __attribute__((vector_size(32)));
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, order{__VA_ARGS__})
-#endif
-
-// to [8, 8] = from [8, 8]^T
-static inline void transpose(float* to, n_t to_row, const float* from, n_t from_row) {
-    eight r[8], s[8];
-    for (int i = 0; i < 8; ++i) r[i] = *reinterpret_cast<const eight*>(from + i * from_row);
-    for (int i = 0; i < 8; i += 2) {
-        s[i] = SHUFFLED(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        s[i + 1] = SHUFFLED(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-    }
-    for (int h = 0; h < 8; h += 4)
-        for (int i = 0; i < 2; ++i) {
-            r[h + i] = SHUFFLED(s[h + i], s[h + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            r[h + i + 2] = SHUFFLED(s[h + i], s[h + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<eight*>(to + i * to_row) = SHUFFLED(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *reinterpret_cast<eight*>(to + (i + 4) * to_row) = SHUFFLED(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-}
-
-// packed [n_panels, depth, PANEL] = block [depth, width] of a matrix, element (c, o) at [c * depth_stride + o *
-// out_stride]; one of the two strides is 1
-static void pack(float* packed, const float* block, n_t depth_stride, n_t out_stride, n_t depth, n_t width) {
-    for (n_t p = 0; p < width; p += PANEL, packed += depth * PANEL) {
-        const n_t n = least(PANEL, width - p);
-        const float* from = block + p * out_stride;
-        if (n < PANEL) std::memset(packed, 0, sizeof(float) * depth * PANEL);
-        if (out_stride == 1) {
-            for (n_t c = 0; c < depth; ++c)
-                std::memcpy(packed + c * PANEL, from + c * depth_stride, sizeof(float) * n);
-            continue;
-        }
-        const n_t by_eight_o = n / 8 * 8, by_eight_c = depth / 8 * 8;
-        for (n_t o = 0; o < by_eight_o; o += 8)
-            for (n_t c = 0; c < by_eight_c; c += 8)
-                transpose(packed + c * PANEL + o, PANEL, from + c + o * out_stride, out_stride);
-        for (n_t o = 0; o < n; ++o)
-            for (n_t c = o < by_eight_o ? by_eight_c : 0; c < depth; ++c)
-                packed[c * PANEL + o] = from[c + o * out_stride];
-    }
-}
-
-// a [T, depth] with rows `row` apart, or its copy with close rows: rows a multiple of 2 KiB apart share few cache
-// sets
-static const float* close_rows(const float* a, n_t* row, n_t T, n_t depth, float* copy) {
-    if (*row % 512) return a;
-    for (n_t t = 0; t < T; ++t) std::memcpy(copy + t * depth, a + t * *row, sizeof(float) * depth);
-    *row = depth;
-    return copy;
-}
 
 // Q tiles of `size` floats, W_0 + sum_k w_qk tau_k; Q samples share each read of the packed block
 template <int Q>
@@ -106,48 +31,6 @@ static void form(float* tile, const float* packed, const float* w, n_t K, n_t si
     }
 }
 
-// out [M, PANEL] += a [M, n] b [n, PANEL]; element (m, c) of a at [m * a_row + c * a_col]
-template <int M>
-static inline void rows(const float* a, n_t a_row, n_t a_col, const float* b, n_t b_stride, n_t n, float* out,
-                        n_t out_stride) {
-    vec acc[M][2];
-    for (int m = 0; m < M; ++m) acc[m][0] = load(out + m * out_stride), acc[m][1] = load(out + m * out_stride + VL);
-    for (n_t c = 0; c < n; ++c) {
-        vec v0 = load(b + c * b_stride), v1 = load(b + c * b_stride + VL);
-        for (int m = 0; m < M; ++m) {
-            float s = a[m * a_row + c * a_col];
-            acc[m][0] += s * v0, acc[m][1] += s * v1;
-        }
-    }
-    for (int m = 0; m < M; ++m) store(out + m * out_stride, acc[m][0]), store(out + m * out_stride + VL, acc[m][1]);
-}
-
-// out [n_rows, PANEL] += a [n_rows, n] b [n, PANEL]
-static void panel(const float* a, n_t a_row, n_t a_col, const float* b, n_t b_stride, n_t n, float* out,
-                  n_t out_stride, n_t n_rows) {
-    n_t m = 0;
-    for (; m + 6 <= n_rows; m += 6)
-        rows<6>(a + m * a_row, a_row, a_col, b, b_stride, n, out + m * out_stride, out_stride);
-    a += m * a_row, out += m * out_stride;
-    switch (n_rows - m) {
-        case 5:
-            rows<5>(a, a_row, a_col, b, b_stride, n, out, out_stride);
-            break;
-        case 4:
-            rows<4>(a, a_row, a_col, b, b_stride, n, out, out_stride);
-            break;
-        case 3:
-            rows<3>(a, a_row, a_col, b, b_stride, n, out, out_stride);
-            break;
-        case 2:
-            rows<2>(a, a_row, a_col, b, b_stride, n, out, out_stride);
-            break;
-        case 1:
-            rows<1>(a, a_row, a_col, b, b_stride, n, out, out_stride);
-            break;
-    }
-}
-
 // y [T, width] += a [T, depth] tile; a last panel beyond the edge goes through `edge` [T, PANEL]
 static void multiply(const float* a, n_t a_row, const float* tile, n_t depth, n_t width, float* y, n_t y_row, n_t T,
                      float* edge) {
@@ -157,10 +40,9 @@ static void multiply(const float* a, n_t a_row, const float* tile, n_t depth, n_
             panel(a, a_row, 1, tile, PANEL, depth, y + p, y_row, T);
             continue;
         }
-        std::memset(edge, 0, sizeof(float) * T * PANEL);
+        for (n_t t = 0; t < T; ++t) copy(edge + t * PANEL, y + t * y_row + p, n);
         panel(a, a_row, 1, tile, PANEL, depth, edge, PANEL, T);
-        for (n_t t = 0; t < T; ++t)
-            for (n_t i = 0; i < n; ++i) y[t * y_row + p + i] += edge[t * PANEL + i];
+        for (n_t t = 0; t < T; ++t) copy(y + t * y_row + p, edge + t * PANEL, n);
     }
 }
 
@@ -202,14 +84,25 @@ static void contract(const float* dtile, const float* packed, n_t K, n_t size, f
 struct Scratch {
     std::vector<float> room;
     float *packed, *tile, *edge, *near;
-    Scratch(n_t K, n_t T) : room(WIDTH * DEPTH * (1 + K + 4) + T * (PANEL + DEPTH) + 64) {
-        packed = reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) / 64 * 64);
+    Scratch(n_t K, n_t T) : room(WIDTH * DEPTH * (1 + K + 4) + T * (PANEL + DEPTH) + LINE) {
+        packed = aligned(room);
         tile = packed + WIDTH * DEPTH * (1 + K), edge = tile + WIDTH * DEPTH * 4, near = edge + T * PANEL;
     }
 };
 
-extern "C" void bd_forward(const float* x, const float* w, const float* base, const float* tau, const float* bias,
-                           float* y, n_t B, n_t T, n_t I, n_t O, n_t K, n_t k_stride) {
+template <class E>
+static void forward(const float* x, const float* w, const float* base, const E* tau, const float* bias, float* y, n_t B,
+                    n_t T, n_t I, n_t O, n_t K, n_t k_stride) {
+    switch (B) {
+        case 1:
+            return few_forward<1>(x, w, base, tau, bias, y, T, I, O, K, k_stride);
+        case 2:
+            return few_forward<2>(x, w, base, tau, bias, y, T, I, O, K, k_stride);
+        case 3:
+            return few_forward<3>(x, w, base, tau, bias, y, T, I, O, K, k_stride);
+        case FEW:
+            return few_forward<FEW>(x, w, base, tau, bias, y, T, I, O, K, k_stride);
+    }
     const n_t group = least(B, MAX_GROUP), n_groups = blocks(B, group), depth = blocks(I, blocks(I, DEPTH));
 #pragma omp parallel
     {
@@ -247,12 +140,19 @@ extern "C" void bd_forward(const float* x, const float* w, const float* base, co
     }
 }
 
-// Blocks of columns, each of which leaves its own part of dw
-extern "C" n_t bd_backward_parts(n_t I) { return blocks(I, WIDTH); }
-
-// dx [B, T, I] or null; parts [blocks of columns, B, K] zeroed, to be summed by the caller, or null
-extern "C" void bd_backward(const float* x, const float* w, const float* base, const float* tau, const float* dy,
-                            float* dx, float* parts, n_t B, n_t T, n_t I, n_t O, n_t K, n_t k_stride) {
+template <class E>
+static void backward(const float* x, const float* w, const float* base, const E* tau, const float* dy, float* dx,
+                     float* parts, n_t B, n_t T, n_t I, n_t O, n_t K, n_t k_stride) {
+    switch (B) {
+        case 1:
+            return few_backward<1>(x, w, base, tau, dy, dx, parts, T, I, O, K, k_stride);
+        case 2:
+            return few_backward<2>(x, w, base, tau, dy, dx, parts, T, I, O, K, k_stride);
+        case 3:
+            return few_backward<3>(x, w, base, tau, dy, dx, parts, T, I, O, K, k_stride);
+        case FEW:
+            return few_backward<FEW>(x, w, base, tau, dy, dx, parts, T, I, O, K, k_stride);
+    }
     const n_t group = least(B, MAX_GROUP), n_groups = blocks(B, group), depth = blocks(O, blocks(O, DEPTH));
 #pragma omp parallel
     {
@@ -299,4 +199,27 @@ extern "C" void bd_backward(const float* x, const float* w, const float* base, c
             }
         }
     }
+}
+
+extern "C" {
+
+void bd_merged_forward(const float* x, const float* w, const float* base, const void* tau, const float* bias, float* y,
+                       n_t B, n_t T, n_t I, n_t O, n_t K, n_t k_stride, n_t is_half) {
+    if (is_half)
+        forward(x, w, base, static_cast<const half_t*>(tau), bias, y, B, T, I, O, K, k_stride);
+    else
+        forward(x, w, base, static_cast<const float*>(tau), bias, y, B, T, I, O, K, k_stride);
+}
+
+// Blocks of columns, each of which leaves its own part of dw (few samples: wider ones, and fewer)
+n_t bd_merged_parts(n_t I) { return blocks(I, WIDTH); }
+
+// dx [B, T, I] or null; parts [blocks of columns, B, K] zeroed, to be summed by the caller, or null
+void bd_merged_backward(const float* x, const float* w, const float* base, const void* tau, const float* dy, float* dx,
+                        float* parts, n_t B, n_t T, n_t I, n_t O, n_t K, n_t k_stride, n_t is_half) {
+    if (is_half)
+        backward(x, w, base, static_cast<const half_t*>(tau), dy, dx, parts, B, T, I, O, K, k_stride);
+    else
+        backward(x, w, base, static_cast<const float*>(tau), dy, dx, parts, B, T, I, O, K, k_stride);
+}
 }

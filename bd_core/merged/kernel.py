@@ -26,10 +26,11 @@ def kernel_name() -> str:
 
 
 def kernel_fits(x_BTI: Tensor, base_OI: Tensor, vectors_KOI: Tensor) -> bool:
-    """Whether the kernel can run: CPU, float32 throughout, whole contiguous matrices."""
-    operands = (x_BTI, base_OI, vectors_KOI)
+    """Whether the kernel can run: CPU, float32 (task vectors also bfloat16), whole contiguous matrices."""
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        all(t.device.type == "cpu" for t in (x_BTI, base_OI, vectors_KOI))
+        and x_BTI.dtype == base_OI.dtype == torch.float32
+        and vectors_KOI.dtype in (torch.float32, torch.bfloat16)
         and base_OI.is_contiguous()
         and vectors_KOI[0].is_contiguous()
         and _library()[1] is not None
@@ -49,7 +50,7 @@ def kernel_forward(
     x_BTI, weights_BK = x_BTI.contiguous(), weights_BK.contiguous()
     bias_BO = None if bias_BO is None else bias_BO.contiguous()
     y_BTO = x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
-    library.bd_forward(
+    library.bd_merged_forward(
         *(None if t is None else t.data_ptr() for t in (x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, y_BTO)),
         *_sizes(x_BTI, vectors_KOI),
     )
@@ -65,22 +66,23 @@ def kernel_backward(
     needs_x: bool,
     needs_weights: bool,
 ) -> tuple[Float[Tensor, "B T I"] | None, Float[Tensor, "B K"] | None]:
-    """dx_b = dy_b W_b and dw_bk = <dy_b^T x_b, tau_k>, each if needed."""
+    """dx_b = dy_b W_b and dw_bk = <dy_b^T x_b, tau_k>, each if needed; dx is bitwise as the forward is."""
     library = _library()[1]
     assert library is not None
     x_BTI, weights_BK, dy_BTO = x_BTI.contiguous(), weights_BK.contiguous(), dy_BTO.contiguous()
     dx_BTI = torch.empty_like(x_BTI) if needs_x else None
-    n_parts = library.bd_backward_parts(x_BTI.shape[2])
+    n_parts = library.bd_merged_parts(x_BTI.shape[2])
     parts_PBK = weights_BK.new_zeros(n_parts, *weights_BK.shape) if needs_weights else None
     tensors = (x_BTI, weights_BK, base_OI, vectors_KOI, dy_BTO, dx_BTI, parts_PBK)
-    library.bd_backward(*(None if t is None else t.data_ptr() for t in tensors), *_sizes(x_BTI, vectors_KOI))
+    library.bd_merged_backward(*(None if t is None else t.data_ptr() for t in tensors), *_sizes(x_BTI, vectors_KOI))
     return dx_BTI, None if parts_PBK is None else parts_PBK.sum(0)
 
 
 def _sizes(x_BTI: Tensor, vectors_KOI: Tensor) -> tuple[int, ...]:
     n_samples, n_tokens, n_inputs = x_BTI.shape
     n_experts, n_outputs, _ = vectors_KOI.shape
-    return n_samples, n_tokens, n_inputs, n_outputs, n_experts, vectors_KOI.stride(0)
+    is_half = int(vectors_KOI.dtype == torch.bfloat16)
+    return n_samples, n_tokens, n_inputs, n_outputs, n_experts, vectors_KOI.stride(0), is_half
 
 
 @cache
@@ -89,11 +91,13 @@ def _library() -> tuple[str, CDLL | None]:
         spec = find_spec(f"bd_core.merged._cpu_{build}")  # finds the file; it is no module that could be imported
         if spec is not None and spec.origin is not None:
             library = CDLL(spec.origin)
-            library.bd_forward.argtypes = [c_void_p] * 6 + [c_int64] * 6
-            library.bd_forward.restype = None
-            library.bd_backward.argtypes = [c_void_p] * 7 + [c_int64] * 6
-            library.bd_backward.restype = None
-            library.bd_backward_parts.argtypes = [c_int64]
-            library.bd_backward_parts.restype = c_int64
+            if not hasattr(library, "bd_merged_forward"):  # built from an older source, and not since
+                continue
+            library.bd_merged_forward.argtypes = [c_void_p] * 6 + [c_int64] * 7
+            library.bd_merged_forward.restype = None
+            library.bd_merged_backward.argtypes = [c_void_p] * 7 + [c_int64] * 7
+            library.bd_merged_backward.restype = None
+            library.bd_merged_parts.argtypes = [c_int64]
+            library.bd_merged_parts.restype = c_int64
             return build, library
     return "torch", None
