@@ -16,8 +16,9 @@ def check_alpha(alpha: Tensor, place: str, *, min_classes: int = 1) -> None:
             f"{place}: alpha has shape {tuple(alpha.shape)}, needs [N >= 1, C >= {min_classes}]; "
             "pass one row of Dirichlet parameters a sample"
         )
-    bad = ~(torch.isfinite(alpha) & (alpha > 0))
-    if bad.any():
+    least, most = torch.aminmax(alpha)  # nan if any is; no mask of the size of alpha unless there is something to name
+    if not (least > 0 and most < torch.inf):
+        bad = ~(torch.isfinite(alpha) & (alpha > 0))
         row, column = (int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"{place}: alpha[{row}, {column}] = {alpha[row, column].item()} ({int(bad.sum())} such values), needs "

@@ -207,6 +207,13 @@ extern "C" void bd_place(const std::int32_t* row, const std::int32_t* column, co
     }
 }
 
+// A product as it is after rounding: fused into a difference, equal rows would not come out equal
+template <typename T>
+static inline T rounded(T product) {
+    asm("" : "+x"(product));
+    return product;
+}
+
 // distance [E] = sum_c |a_ic s_i - b_jc t_j| for the edges (i, j) of anchors first to last, s and t one over the sums
 extern "C" void bd_distance(const float* anchor, const float* base, const float* anchor_scale, const float* base_scale,
                             const n_t* offsets, const n_t* neighbours, float* distance, n_t n_anchors, n_t width,
@@ -230,14 +237,14 @@ extern "C" void bd_distance(const float* anchor, const float* base, const float*
                     for (n_t c = 0; c < even; c += 4 * VL) {
                         for (n_t line = 0; line < 4 * VL; line += 16) __builtin_prefetch(next + c + line);
                         for (int h = 0; h < 4; ++h) {
-                            vec gap = load(&scaled[c + h * VL]) - t * load(row + c + h * VL);
+                            vec gap = load(&scaled[c + h * VL]) - rounded<vec>(t * load(row + c + h * VL));
                             sum[h] += gap < 0 ? -gap : gap;
                         }
                     }
                     vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
                     float total = 0;
                     for (int h = 0; h < VL; ++h) total += all[h];
-                    for (n_t c = even; c < width; ++c) total += std::fabs(scaled[c] - t * row[c]);
+                    for (n_t c = even; c < width; ++c) total += std::fabs(scaled[c] - rounded(t * row[c]));
                     distance[e - offsets[0]] = total;
                 }
             }

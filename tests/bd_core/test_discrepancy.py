@@ -2,6 +2,8 @@
 
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -9,13 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bd_core import discrepancy
+from bd_core import edge_distance
 from bd_core.discrepancy import (
     FACTORS,
     adjacency_discrepancy,
     conflict,
+    discrepancy,
     divergence,
+    evidence,
     negative_sharpness_share,
     positive_quantile,
     sharpness,
@@ -77,6 +82,33 @@ class Slow:
         return [(i, k) for i in range(len(self.near)) for k in self.near[i]]
 
 
+@contextmanager
+def running(engine: str) -> Iterator[None]:
+    """The compiled kernel if there is one, or torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "torch":
+            patch.setattr(edge_distance, "kernel_runs", lambda *tensors: False)
+        yield
+
+
+def least_budget(alpha: Tensor, graph: Neighbourhoods) -> int:
+    """What the refusal of a budget of one byte says would do."""
+    with pytest.raises(ValueError, match="does not hold the largest neighbourhood") as refused:
+        discrepancy(alpha, graph, anchor_alpha=alpha[:1].expand(graph.n_anchors, -1), budget_bytes=1)
+    return int(str(refused.value).split("at least ")[1].split(",")[0])
+
+
+def random_graph(n: int, degree: int, seed: int = 0) -> Neighbourhoods:
+    """n anchors with up to `degree` neighbours among n rows, one with all of them, every tenth with none."""
+    generator = torch.Generator().manual_seed(seed)
+    linked = torch.rand(n, n, generator=generator) < degree / n
+    linked[3], linked[::10] = True, False
+    linked.fill_diagonal_(False)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), linked.sum(1).cumsum(0)])
+    neighbours = linked.nonzero()[:, 1]
+    return Neighbourhoods(offsets, neighbours, torch.zeros(len(neighbours)))
+
+
 def close(found: Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), equal_nan=True, rtol=2e-5, atol=2e-6)
 
@@ -112,17 +144,18 @@ def test_conflict_is_the_definition(case: tuple[Tensor, Neighbourhoods, Tensor |
     graphs(),
     st.sampled_from(["paper", "positive"]),
     st.sets(st.sampled_from(FACTORS), min_size=1),
-    st.sampled_from([1, 7, 2**22]),
+    st.integers(0, 2000),
+    st.sampled_from(["kernel", "torch"]),
 )
 def test_ads_is_the_definition(
-    case: tuple[Tensor, Neighbourhoods, Tensor | None], form: str, factors: set[str], block_values: int
+    case: tuple[Tensor, Neighbourhoods, Tensor | None], form: str, factors: set[str], more: int, engine: str
 ) -> None:
     """d_ik = Sharp(x_i) Div(x_i) Conf(x_i, x_k), with any of the factors left out, in blocks of any size."""
     alpha, graph, anchor_alpha = case
     slow = Slow(*case)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(discrepancy, "BLOCK_VALUES", block_values)
-        found = adjacency_discrepancy(alpha, graph, form, anchor_alpha, tuple(factors))  # type: ignore[arg-type]
+    with running(engine):
+        least = least_budget(alpha, graph)
+        found = adjacency_discrepancy(alpha, graph, form, anchor_alpha, tuple(factors), least + more)  # type: ignore[arg-type]
     expected = []
     for i, k in slow.edges():
         value = slow.sharp(i, form) if "sharpness" in factors else 1.0
@@ -130,6 +163,69 @@ def test_ads_is_the_definition(
         expected.append(value * slow.conf(i, k) if "conflict" in factors else value)
     close(found, expected)
     assert len(found) == len(graph.neighbours)
+
+
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+@pytest.mark.parametrize(("n", "classes", "degree"), [(300, 758, 20), (40, 10_000, 6), (200, 31, 9), (50, 2, 49)])
+def test_many_classes_and_every_part_of_it(engine: str, n: int, classes: int, degree: int) -> None:
+    """Against float64 with every row gathered at once; rows longer than the kernel's steps, a hub and isolated rows."""
+    alpha = 1 + (torch.randn(n, classes, generator=torch.Generator().manual_seed(1)) * 2).exp()
+    graph = random_graph(n, degree)
+    p, anchor, other = (alpha / alpha.sum(1, keepdim=True)).double(), graph.anchors(), graph.neighbours
+    distance = (p[anchor] - p[other]).abs().sum(1)
+    certainty = 1 - classes / alpha.double().sum(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.zeros(n, dtype=torch.float64).index_add_(0, anchor, values) / graph.degree
+
+    top = alpha.double().max(1).values
+    sharp, div = mean((alpha.double().sum(1) / top - 1).log()[other]), mean(distance)
+    ads = sharp[anchor] * div[anchor] * distance * certainty[anchor] * certainty[other]
+    with running(engine):
+        found = discrepancy(alpha, graph, budget_bytes=least_budget(alpha, graph))
+        again = discrepancy(evidence(alpha), graph, anchor_alpha=evidence(alpha).rows(slice(0, n)))
+    for name, expected in (("ads", ads), ("sharpness", sharp), ("divergence", div), ("mean_ads", mean(ads))):
+        value = getattr(found, name)
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+        assert torch.equal(value.nan_to_num(), getattr(again, name).nan_to_num())
+        assert value.dtype == torch.float32
+
+
+def test_kernel_and_torch_agree() -> None:
+    alpha, graph = 1 + torch.rand(200, 123, generator=torch.Generator().manual_seed(0)) * 9, random_graph(200, 12)
+    found = discrepancy(alpha, graph)
+    with running("torch"):
+        torch.testing.assert_close(discrepancy(alpha, graph).ads, found.ads, rtol=1e-6, atol=1e-7)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if threads < 3 else 1)
+        assert torch.equal(discrepancy(alpha, graph).ads, found.ads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation wrote."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and func._schema.returns[0].alias_info is None:  # no view
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
+        return made
+
+
+@pytest.mark.parametrize("engine", ["kernel", "torch"])
+def test_no_tensor_is_larger_than_the_budget(engine: str) -> None:
+    alpha, graph = 1 + torch.rand(400, 50, generator=torch.Generator().manual_seed(0)), random_graph(400, 40)
+    known, budget = evidence(alpha), 60_000
+    with running(engine), Largest() as largest:
+        adjacency_discrepancy(known, graph, budget_bytes=budget)
+    results = 4 * len(graph.neighbours)
+    assert largest.bytes <= max(budget, results) and results < budget * 3
+    assert len(graph.neighbours) * 50 * 4 > 20 * budget  # E x C, which is never made
 
 
 @given(graphs(), st.randoms(use_true_random=False))
