@@ -88,7 +88,7 @@ class Comparison:
 def run_rows(artefacts: Artefacts) -> list[RunRow]:
     """A row for each evaluated model and protocol: task known before task free, models in display order."""
     read = [_metrics(unit) for unit in artefacts.get("evaluate", ())]
-    read.sort(key=lambda metrics: display_order(str(metrics["model"])))
+    read.sort(key=lambda metrics: display_order(str(metrics["model"]), metrics["method"]))
     protocols = dict.fromkeys(name for metrics in read for name in metrics["protocols"])
     rows = []
     for protocol in protocols:
@@ -111,11 +111,10 @@ def _drop(clean: float | None, value: float | None) -> float | None:
     return (clean - value) / clean if clean else 0.0
 
 
-def display_order(model: str) -> tuple[int, str]:
-    """Sort key: references, baselines, ours. A row of another name stands behind the method it begins with, if any."""
-    known = [name for name in ORDER if model.startswith(name)]
-    place = ORDER.index(max(known, key=len)) if known else ORDER.index("bd_task") - 1
-    return place, model
+def display_order(model: str, method: str | None = None) -> tuple[int, str]:
+    """Sort key: references, baselines, ours. A row of another name stands with its method, or as the last baseline."""
+    known = model if model in ORDER else method
+    return ORDER.index(known) if known in ORDER else ORDER.index("bd_task") - 1, model
 
 
 def compare_runs(runs: Sequence[tuple[RunRecord, Artefacts]]) -> Comparison:
@@ -201,6 +200,7 @@ def _metrics(unit: Artefact) -> dict[str, Any]:
     path = unit.file("metrics.json")
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        return {"model": metrics["model"], "title": metrics["title"], "protocols": metrics["protocols"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        method = (metrics.get("method") or {}).get("method")
+        return {name: metrics[name] for name in ("model", "title", "protocols")} | {"method": method}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not readable as metrics ({error!r}); remove the unit and run again") from error

@@ -28,7 +28,7 @@ from pipeline.formats.predictions import Prediction
 from pipeline.progress import Progress
 from pipeline.record import read_record, run_ids
 from pipeline.stages.fit_head import head_from
-from pipeline.stages.merged_files import MERGED, Merged, Mode, open_directory, read_recipe
+from pipeline.stages.merged_files import MERGED, SURGERY, Merged, Mode, open_directory, read_recipe
 from pipeline.stages.model_card import PRETRAINED
 from pipeline.stages.predictors import Routed
 from pipeline.store import Store
@@ -90,6 +90,7 @@ class Caller:
     logit_scale: float
     evidence: EvidentialHead | None
     device: torch.device
+    task: str = ""
 
     @classmethod
     def open(
@@ -113,7 +114,9 @@ class Caller:
             close = difflib.get_close_matches(task, tasks, n=1)
             near = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(tasks)}."
             raise ConfigError(f"{directory.name} has no task {task!r}; {near} Without --task, all classes are open")
-        if mode is not None and recipe["kind"] == STATIC:
+        if task is None and recipe["kind"] == SURGERY:
+            raise ConfigError(f"{directory.name} corrects features task by task: name one, --task {' or '.join(tasks)}")
+        if mode is not None and recipe["kind"] in (STATIC, SURGERY):
             raise ConfigError(f"{directory.name} is one static model and merges nothing per sample; leave --mode out")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         described = _read_json(directory / "backbone.json")
@@ -131,6 +134,7 @@ class Caller:
             logit_scale=described["logit_scale"],
             evidence=evidence.to(device) if evidence is not None else None,
             device=device,
+            task=task or "",
         )
 
     @property
@@ -186,7 +190,7 @@ class Caller:
             if self.evidence is not None:  # fitted on features of the pretrained model, not of the merged one
                 uncertainty_B = opinion(self.evidence(pretrained_BD)).uncertainty.tolist()
         else:
-            features_BD, _ = predictor.features(pixels_BSS3, "")
+            features_BD, _ = predictor.features(pixels_BSS3, self.task)
         best = (self.logit_scale * features_BD @ self.head_CD.T).softmax(-1).max(-1)
         return [
             {

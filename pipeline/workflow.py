@@ -36,6 +36,7 @@ from pipeline.stages.radius import FixRadius
 from pipeline.stages.report import Report, ReportSpec
 from pipeline.stages.score import Score, ScoreSpec
 from pipeline.stages.shard import Shard, ShardSpec, TaskSpec
+from pipeline.stages.surgery import Surgery
 from pipeline.stages.threshold import Threshold, ThresholdSpec
 from pipeline.stages.train_models import TrainBase, TrainExperts, TrainSpec
 from pipeline.store import Artefact, Store
@@ -152,6 +153,7 @@ STAGES: tuple[type[Stage], ...] = (
     Pairs,
     Activations,
     Baselines,
+    Surgery,
     FitRouter,
     Export,
     Corrupt,
@@ -316,6 +318,7 @@ class Workflow:
                 wanted=any(entry.uses_activations for entry in config.baselines.entries()),
             ),
             Baselines(config.baselines, self._resources("baselines"), seed),
+            Surgery(config.baselines, self._resources("surgery"), seed),
             FitRouter(config.fit_router, self._resources("fit_router"), seed),
             Export(config.export, self._resources("export")),
             Corrupt(config.corrupt, self._resources("corrupt"), config.corrupt.seed),

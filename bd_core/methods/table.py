@@ -5,9 +5,11 @@ from bd_core.methods.averages import task_arithmetic, weight_average
 from bd_core.methods.dare import dare
 from bd_core.methods.doge import doge
 from bd_core.methods.model_stock import model_stock
+from bd_core.methods.pareto_map import pareto_map
 from bd_core.methods.pcb import pcb
 from bd_core.methods.registry import Method
 from bd_core.methods.robust_merge import robust_merge
+from bd_core.methods.surgery import surgery
 from bd_core.methods.ties import ties
 from bd_core.methods.twin_merging import twin_merging
 
@@ -50,6 +52,26 @@ METHODS: dict[str, Method] = {
             "unlabelled batches",
             "AdaMerging, ICLR 2024",
             "500 steps of every task's forward and backward",
+            "model",
+            "fit",
+        ),
+        Method(
+            "surgery",
+            "Representation Surgery",
+            surgery,
+            "unlabelled batches",
+            "Representation Surgery, ICML 2024",
+            "500 steps of forward passes, the merged model's and every expert's",
+            "model",
+            "per sample",
+        ),
+        Method(
+            "map",
+            "MAP",
+            pareto_map,
+            "labelled validation",
+            "MAP, ICLR 2025",
+            "(K + 1)(K + 2) merges and validations",
             "model",
             "fit",
         ),

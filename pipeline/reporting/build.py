@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.costs import read_costs
 from pipeline.reporting import accuracy, calibration, graph, losses, pairs, ranking, router, timing, trust, unseen, used
-from pipeline.reporting.costs import read_costs
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.headline import Verdict, asides, certainty, headline, percent, signed, verdict
 from pipeline.reporting.markup import Html, details, join, note, table, tag
@@ -73,7 +73,7 @@ def _sections(
             "ranking",
             "Accuracy and cost",
             "Every method by its place, with what it needs and what it took.",
-            ranking.section(results, read_costs(parts), gallery, numbers),
+            ranking.section(results, read_costs(parts.by_stage), gallery, numbers),
         ),
         Section(
             "shift",

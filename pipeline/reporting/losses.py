@@ -15,7 +15,7 @@ from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.parts import Parts, numbers_of, read_table, reference, title_of
 from pipeline.reporting.style import Theme, canvas, only_horizontal
 
-STAGES = ("base", "experts", "fit_head", "baselines", "fit_router")
+STAGES = ("base", "experts", "fit_head", "baselines", "surgery", "fit_router")
 POSITION = ("step", "epoch")
 COUNTS = ("anchors",)  # kept in the history beside the losses, and on another scale
 MOST_PANELS = 18

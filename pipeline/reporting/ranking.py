@@ -7,11 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from pipeline.reporting.costs import Cost
+from pipeline.costs import Cost
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.headline import percent
 from pipeline.reporting.markup import Html, join, note, table, tag
 from pipeline.reporting.numbers import Numbers
+from pipeline.reporting.parts import reference
 from pipeline.reporting.results import CLEAN, ModelResult, Results
 from pipeline.reporting.style import Theme, canvas
 from pipeline.reporting.timing import duration, readable_bytes
@@ -52,8 +53,8 @@ def section(results: Results, costs: Mapping[str, Cost], gallery: Gallery, numbe
     ]  # fmt: skip
     explain = (
         "Ranked by the mean accuracy (%) under corruption, task known; “task free” is the same mean when nobody tells "
-        "the task, and – where a method has to be told. Seconds: of every unit between what all methods are given "
-        "(checkpoints, embedded images) and the merged model, summed, on the machine the run was on. Memory: the most "
+        "the task, and – where a method has to be told. Seconds: of the merge or fit, and of everything that is made "
+        "for it from checkpoints and embedded images, summed, on the machine the run was on. Memory: the most "
         "the merge or fit held beyond its inputs. Time a sample: of one image in a batch of 16, by that of the plain "
         "model, measured one after the other in one process. † reads labels, which the others do not."
     )
@@ -86,7 +87,7 @@ def _row(place: int | None, model: ModelResult, cost: Cost | None, numbers: Numb
     extra = model.cost.get("extra_parameters")
     if cost is not None:
         for name, value in (("seconds", cost.seconds), ("memory_bytes", cost.memory_bytes), ("price", cost.price)):
-            numbers.add(f"cost.{model.name}.{name}", value, *cost.sources)
+            numbers.add(f"cost.{model.name}.{name}", value, *map(reference, cost.units))
     if place is not None:
         numbers.add(f"rank.{model.name}", place, model.reference)
     need = str((model.method or {}).get("need", ""))

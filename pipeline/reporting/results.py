@@ -131,7 +131,7 @@ def read_results(parts: Parts) -> Results:
                 unseen=tuple(map(str, data.get("unseen") or ())),
             )
         )
-    return Results(tuple(sorted(models, key=lambda model: display_order(model.name))))
+    return Results(tuple(sorted(models, key=lambda m: display_order(m.name, (m.method or {}).get("method")))))
 
 
 def mean_or_none(values: Sequence[float | None]) -> float | None:

@@ -14,6 +14,7 @@ from pipeline.stages.method_inputs import MethodInputs
 from pipeline.stages.method_list import BaselinesSpec, Entry, entry_of
 from pipeline.stages.model_card import write_model_card
 from pipeline.stages.models import Experts
+from pipeline.stages.search import pareto
 from pipeline.stages.shard import of_split
 
 
@@ -34,8 +35,9 @@ class Baselines(Stage):
         """One unit a method, those that learn first since they take longest; each with what it needs and no more."""
         train = of_split(inputs["shard"], "train")
         units = []
-        for entry in sorted(self.spec.entries(), key=lambda entry: not entry.learns):
-            settings: dict[str, Any] = {"method": entry.method.name, "parameters": self._parameters(entry)}
+        entries = [entry for entry in self.spec.entries() if "on" not in entry.options]
+        for entry in sorted(entries, key=lambda entry: not entry.learns):
+            settings = settings_of(entry, self.seed or 0)
             given = [*inputs["base"], *inputs["experts"]]
             if entry.uses_activations:
                 given += inputs["activations"]
@@ -49,16 +51,11 @@ class Baselines(Stage):
             units.append(Unit(entry.name, tuple(given), settings, payload=train if entry.uses_images else None))
         return units
 
-    def _parameters(self, entry: Entry) -> dict[str, Any]:
-        """Those of the configuration; what a method draws at random is drawn from the run's seed unless it says so."""
-        drawn = {"seed": self.seed} if "seed" in entry.method.defaults else {}
-        return drawn | dict(entry.parameters)
-
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Write the artefact: weights, `recipe.json` and a model card."""
         experts = Experts.of(unit.inputs)
         report = StageReport(rows_in=experts.count, rows_out=experts.count)
-        entry = entry_of(unit.id, {"method": unit.settings["method"], **unit.settings["parameters"]})
+        entry = entry_of(unit.id, self.spec.methods[unit.id])
         recipe = recipe_of(unit, entry.title, entry.method.need)
         with MethodInputs(unit, experts, self.seed or 0) as inputs:
             job = Job(entry, unit, experts, inputs, recipe, out_dir, report, self.seed or 0)
@@ -75,4 +72,14 @@ def merge_state(job: Job) -> None:
     write_static(job.directory, merged, job.recipe)
 
 
-RUNNERS: dict[str, Callable[[Job], None]] = {"adamerging": fit_coefficients, "twin_merging": twin}
+def settings_of(entry: Entry, seed: int) -> dict[str, Any]:
+    """What tells a row's unit from its siblings; what a method draws, it draws from the run's seed unless told."""
+    drawn = {"seed": seed} if "seed" in entry.method.defaults else {}
+    return {
+        "method": entry.method.name,
+        "parameters": drawn | dict(entry.parameters),
+        "options": dict(entry.options),
+    }
+
+
+RUNNERS: dict[str, Callable[[Job], None]] = {"adamerging": fit_coefficients, "twin_merging": twin, "map": pareto}

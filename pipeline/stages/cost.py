@@ -15,9 +15,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from pipeline.costs import PEAK_MEMORY, WATCHED
 from pipeline.stage import StageReport
 
-PEAK_MEMORY, PRICE = "peak_memory_bytes", "price_per_sample"
 RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 SHORTEST_S, MOST_ROUNDS, FEWEST_ROUNDS = 0.3, 15, 3
 
@@ -29,6 +29,7 @@ def watched(report: StageReport, kind: str) -> Iterator[None]:
     The kernel's own high-water mark, set back first: no sampling, and what is inside torch counts too. Where there is
     no such mark (it is Linux's) the report has no figure.
     """
+    assert kind in WATCHED, kind
     gc.collect()
     _give_back_freed()
     before = _resident_bytes("VmRSS") if _set_peak_back() else None

@@ -24,12 +24,13 @@ from bd_core.metrics import (
 )
 from pipeline.backbones.open_clip import Backbone
 from pipeline.config import Spec
+from pipeline.costs import PRICE
 from pipeline.formats.schemas import PREDICTIONS, TEST_IMAGES
 from pipeline.formats.tables import read_table, write_table
 from pipeline.formats.vectors import read_vectors
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.corrupt import CLEAN
-from pipeline.stages.cost import PRICE, price_per_sample
+from pipeline.stages.cost import price_per_sample
 from pipeline.stages.fit_head import class_heads, label_space, unified_heads
 from pipeline.stages.merged_files import (
     MERGED,
@@ -112,7 +113,7 @@ class Evaluate(Stage):
             if unit.of("experts"):
                 whole = self._judged(unit, uncompressed(unit, merged, self.device), backbone, report)
                 metrics["compared_with_dense"] = _difference(metrics, whole.metrics(unit.id))
-        if merged.cost["dynamic"]:
+        if merged.method is not None and merged.cost["extra_parameters"]:
             with report.span("measure price"):
                 report.metrics[PRICE] = self._price(unit, merged, backbone)
         (out_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

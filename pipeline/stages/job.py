@@ -28,3 +28,9 @@ class Job:
         """The method's settings, as the artefact's recipe holds them."""
         parameters: dict[str, Any] = self.unit.settings["parameters"]
         return parameters
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the runner itself is told, beside the method's function."""
+        options: dict[str, Any] = self.unit.settings["options"]
+        return options

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bd_core.compression import CompressedVectors
 from bd_core.merged import MergedModel
+from bd_core.methods.surgery import Surgery
 from bd_core.task_vectors import TaskVectors
 from pipeline import logs
 from pipeline.backbones.open_clip import Backbone
@@ -24,7 +25,7 @@ from pipeline.formats.checkpoints import write_safetensors
 from pipeline.stage import Unit
 from pipeline.stages.fitted_router import router_from
 from pipeline.stages.models import VISUAL, Experts
-from pipeline.stages.predictors import Individual, Predictor, Routed, Static
+from pipeline.stages.predictors import Corrected, Individual, Predictor, Routed, Static
 from pipeline.stages.task_vector_files import (
     DenseSpec,
     VectorsSpec,
@@ -34,7 +35,8 @@ from pipeline.stages.task_vector_files import (
 )
 from pipeline.store import Artefact
 
-MERGED = ("baselines", "export")  # the stages whose units are merged models
+MERGED = ("baselines", "surgery", "export")  # the stages whose units are merged models
+SURGERY = "surgery"  # the kind of an artefact whose features are corrected for a task that must be known
 Mode = Literal["exact", "low_rank", "grouped"]
 REFERENCES = {"pretrained": "Pretrained", "experts": "Individual experts"}
 
@@ -61,7 +63,7 @@ class Merged:
 def write_static(directory: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
     """Write one merged image tower and its recipe."""
     write_safetensors(directory / VISUAL, state)
-    write_recipe(directory, {"kind": "static", **recipe})
+    write_recipe(directory, {"kind": "static"} | dict(recipe))
 
 
 def write_routed(
@@ -84,7 +86,7 @@ def recipe_of(unit: Unit, title: str, need: str) -> dict[str, Any]:
     return {
         "method": unit.settings["method"],
         "need": need,
-        "parameters": unit.settings.get("parameters", {}),
+        "parameters": {**unit.settings.get("parameters", {}), **unit.settings.get("options", {})},
         "title": title,
         "made_from": {f"{a.stage}/{a.unit}": a.digest for a in unit.inputs if a.stage in ("base", "experts")},
     }
@@ -135,6 +137,15 @@ def open_directory(
     if recipe["kind"] == "static":
         tower = _tower(backbone, load_file(directory / VISUAL), device)
         return _merged(recipe, Static(backbone, tower), _cost(n_base, n_base, dynamic=False))
+    if recipe["kind"] == SURGERY:
+        tower = _tower(backbone, load_file(directory / VISUAL), device)
+        modules = load_file(directory / f"{SURGERY}.safetensors")
+        surgery = Surgery(recipe["tasks"], backbone.embed_dim, rank=modules["down"].shape[1])
+        surgery.load_state_dict(modules)
+        n_all = n_base + sum(value.numel() for value in modules.values())
+        cost = _cost(n_base, n_all, dynamic=False)
+        found = _merged(recipe, Corrected(backbone, tower, surgery.to(device).eval()), cost)
+        return replace(found, task_free=False, only=tuple(recipe["tasks"]))
     base = load_file(directory / "base.safetensors")
     kept = recipe.get("vectors", {})
     vectors = read_task_vectors(directory, kept, base)

@@ -34,24 +34,26 @@ class MethodInputs:
         self._unit, self._experts, self._seed = unit, experts, seed
 
     def given(self, names: frozenset[str]) -> dict[str, Any]:
-        """The arguments of these names."""
+        """The arguments of these names, of those that are made here."""
         make: dict[str, Callable[[], Any]] = {
             "grams": lambda: self._stacked(GRAMS),
             "squares": lambda: self._stacked(SQUARES),
             "logits": lambda: self.logits,
+            "features": lambda: self.features,
             "batches": self.batches,
             "validate": self.validation,
         }
-        return {name: make[name]() for name in sorted(names)}
+        return {name: make[name]() for name in sorted(names & make.keys())}
 
     def logits(self, state: Mapping[str, Tensor], pixels_BSS3: Tensor, task: str) -> Tensor:
         """What the image tower with exactly this state says of the images, by the task's zero-shot head: [B, C]."""
-        return self.backbone.logit_scale * self.features(state, pixels_BSS3) @ self.heads[task].T
+        directions = nn.functional.normalize(self.features(state, pixels_BSS3), dim=-1)
+        return self.backbone.logit_scale * directions @ self.heads[task].T
 
     def features(self, state: Mapping[str, Tensor], pixels_BSS3: Tensor) -> Tensor:
-        """L2-normalised features [B, D] of the image tower with this state."""
-        pixels = self.backbone.normalise(pixels_BSS3)
-        return nn.functional.normalize(functional_call(self.backbone.visual, dict(state), (pixels,)), dim=-1)
+        """Features [B, D] of the image tower with this state, as they leave it."""
+        features: Tensor = functional_call(self.backbone.visual, dict(state), (self.backbone.normalise(pixels_BSS3),))
+        return features
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Without end: {task: uint8 [B, S, S, 3] of its unlabelled images}, the same for the same seed."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bd_core.methods import METHODS, Method
 from bd_core.methods.adamerging import check_settings as check_adamerging
+from bd_core.methods.pareto_map import check_settings as check_map
 from bd_core.methods.registry import DATA, check_parameters, find_method
+from bd_core.methods.surgery import check_settings as check_surgery
 from pipeline.config import Spec
 
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {
@@ -21,8 +23,19 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
     "adamerging": {},
     "twin_merging": {},
 }
+# What a runner provides beside what a need is met with; and what it is told itself, with the default.
+PROVIDED = DATA | {"features", "merged", "search"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "surgery": {"on": "task_arithmetic"},  # the row whose model is corrected
+    "map": {"trials": 1000},  # of NSGA-III, each one evaluation of the quadratics; ours
+}
 NAME = r"^(?!pretrained$|experts$|bd_)[a-z0-9][a-z0-9_]{0,40}$"
-CHECKS: dict[str, Callable[..., None]] = {"adamerging": check_adamerging}  # of methods that begin with a fit
+# Of methods that begin with a fit.
+CHECKS: dict[str, Callable[..., None]] = {
+    "adamerging": check_adamerging,
+    "map": check_map,
+    "surgery": check_surgery,
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class Entry:
     name: str
     method: Method
     parameters: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -44,7 +58,7 @@ class Entry:
     @property
     def data(self) -> frozenset[str]:
         """What it is given beside checkpoints, by the names of the function's arguments."""
-        return DATA & {*self.method.required, *self.method.defaults}
+        return PROVIDED & {*self.method.required, *self.method.defaults}
 
     @property
     def uses_activations(self) -> bool:
@@ -60,6 +74,11 @@ class Entry:
     def uses_images(self) -> bool:
         """Whether it wants the auxiliary images or their tokens."""
         return self.uses_labels or self.method.need in ("unlabelled batches", "task labels")
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether it gives a model a sample, and no single one."""
+        return self.method.result == "per sample"
 
     @property
     def learns(self) -> bool:
@@ -82,7 +101,17 @@ class BaselinesSpec(Spec):
     @field_validator("methods")
     @classmethod
     def _usable(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {name: _checked(name, given) for name, given in methods.items()}
+        checked = {name: _checked(name, given) for name, given in methods.items()}
+        entries = {name: entry_of(name, given) for name, given in checked.items()}
+        for name, entry in entries.items():
+            on = entry.options.get("on")
+            usable = [other for other, e in entries.items() if not e.per_sample and "on" not in e.options]
+            if on is not None and on not in usable:
+                raise ValueError(
+                    f"{name}: `on: {on}` is no row of baselines.methods that gives one model; take one of "
+                    f"{', '.join(usable) or 'them, such as task_arithmetic, and add it'}"
+                )
+        return checked
 
     def entries(self) -> list[Entry]:
         """The methods as configured."""
@@ -91,8 +120,10 @@ class BaselinesSpec(Spec):
 
 def entry_of(name: str, given: Mapping[str, Any]) -> Entry:
     """The entry of one line of the configuration."""
-    parameters = {key: value for key, value in given.items() if key != "method"}
-    return Entry(name, find_method(METHODS, str(given.get("method", name))), parameters)
+    method = find_method(METHODS, str(given.get("method", name)))
+    options = OPTIONS.get(method.name, {})
+    parameters = {key: value for key, value in given.items() if key not in ("method", *options)}
+    return Entry(name, method, parameters, {key: given.get(key, default) for key, default in options.items()})
 
 
 def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +139,8 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {entry.method.name} merges LoRA {entry.method.experts}, and a run's experts are whole "
             "checkpoints; merge adapters with `bd-merge merge`"
         )
+    if taken := sorted(entry.data & entry.parameters.keys()):
+        raise ValueError(f"{name}: {', '.join(taken)} of {entry.method.name} comes from the run's data; leave it out")
     check_parameters(entry.method, {**dict.fromkeys(entry.data), **entry.parameters})
     # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
     exact = {
@@ -115,7 +148,7 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in entry.parameters.items()
     }
     _try(entry.method, exact)
-    return ({"method": given["method"]} if "method" in given else {}) | exact
+    return {key: given[key] for key in ("method", *entry.options) if key in given} | exact
 
 
 def _try(method: Method, parameters: Mapping[str, Any]) -> None:
@@ -126,7 +159,7 @@ def _try(method: Method, parameters: Mapping[str, Any]) -> None:
     """
     base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
     stand_ins = {"grams": {"weight": torch.eye(2).expand(2, 2, 2)}, "squares": {}, "validate": _no_accuracy}
-    given = {name: value for name, value in stand_ins.items() if name in (*method.required, *method.defaults)}
+    given = {name: value for name, value in stand_ins.items() if name in method.required}
     try:
         if method.name in CHECKS:
             CHECKS[method.name](**parameters)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.stage import Unit
-from pipeline.stages.task_vector_files import VECTORS
 
 PRETRAINED = "pretrained.safetensors"
 
@@ -36,6 +35,17 @@ STATIC = """\
 visual.load_state_dict(load_file(here / "visual.safetensors"))
 with torch.inference_mode():
     features = torch.nn.functional.normalize(visual(images), dim=-1)
+"""
+
+SURGERY = """\
+from bd_core.methods.surgery import Surgery
+
+recipe, modules = json.loads((here / "recipe.json").read_text()), load_file(here / "surgery.safetensors")
+surgery = Surgery(recipe["tasks"], backbone["embed_dim"], rank=modules["down"].shape[1])
+surgery.load_state_dict(modules)
+visual.load_state_dict(load_file(here / "visual.safetensors"))
+with torch.inference_mode():
+    features = torch.nn.functional.normalize(surgery(visual(images), task), dim=-1)
 """
 
 ROUTED = """\
@@ -74,6 +84,13 @@ factors = {name: (stored["left/" + name], stored["right/" + name]) for name in s
 whole = {name: stored[name] for name in shapes if name in stored}
 vectors = CompressedVectors(factors, whole, integers, shapes, kept["relative_error"])"""
 
+CODE = {"static": STATIC, "surgery": SURGERY}
+KINDS = {
+    "static": "one merged image tower",
+    "surgery": "one merged image tower whose features are corrected task by task",
+    "routed": "merged for every sample by a router",
+}
+
 PREDICT = """\
 heads = load_file(here / "class_heads.safetensors")[task]
 probabilities = (backbone["logit_scale"] * features @ heads.T).softmax(dim=-1)
@@ -95,7 +112,6 @@ def write_model_card(directory: Path, unit: Unit) -> None:
     for source, target in kept.items():
         shutil.copyfile(base.file(source), directory / target)
     tasks = list(json.loads(base.file("classes.json").read_text(encoding="utf-8")))
-    routed = (directory / VECTORS).exists()
     recipe = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
     kept = recipe.get("vectors", {})
     vectors = CUT_VECTORS if kept.get("kind") == "low_rank" else WHOLE_VECTORS
@@ -103,21 +119,27 @@ def write_model_card(directory: Path, unit: Unit) -> None:
     pretrained = PRETRAINED if (directory / PRETRAINED).exists() else "base.safetensors"
     code = (
         OPEN.format(tasks=", ".join(tasks), build=_build(model))
-        + (ROUTED.format(pretrained=pretrained, vectors=vectors) if routed else STATIC)
+        + _features(recipe["kind"], pretrained, vectors)
         + PREDICT
     )
     parents = [artefact for artefact in unit.inputs if artefact.stage in ("base", "experts")]
     made_from = "\n".join(f"- `{parent.stage}/{parent.unit}` {parent.digest[:12]}" for parent in parents)
-    kind = "merged for every sample by a router" if routed else "one merged image tower"
+    kind = KINDS[recipe["kind"]]
     if kept:
         kind += f"; task vectors {_stored(kept)}"
-    packages = "torch, open_clip, safetensors and bd_core" if routed else "torch, open_clip and safetensors"
+    whole = recipe["kind"] == "static"
+    packages = "torch, open_clip and safetensors" if whole else "torch, open_clip, safetensors and bd_core"
     text = (
         f"# {unit.id}\n\nMethod `{unit.settings['method']}`, {kind}. `recipe.json` holds method, parameters and "
         f"layer groups; `class_heads.safetensors` the zero-shot heads of every task.\n\nMade from:\n\n{made_from}\n\n"
         f"To run it with {packages} alone:\n\n```python\n{code}```\n"
     )
     (directory / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+
+
+def _features(kind: str, pretrained: str, vectors: str) -> str:
+    """The lines from images to features."""
+    return ROUTED.format(pretrained=pretrained, vectors=vectors) if kind == "routed" else CODE[kind]
 
 
 def _stored(kept: Mapping[str, Any]) -> str:

@@ -47,6 +47,20 @@ class Individual:
 
 
 @dataclass
+class Corrected:
+    """One image tower and Representation Surgery's correction for the task, which it must be told."""
+
+    backbone: Backbone
+    visual: nn.Module
+    surgery: nn.Module
+
+    def features(self, pixels: Tensor, task: str) -> tuple[Tensor, Tensor | None]:
+        """Features as the task's expert would have them."""
+        features = self.visual(self.backbone.normalise(pixels))
+        return nn.functional.normalize(self.surgery(features, task), dim=-1), None
+
+
+@dataclass
 class Routed:
     """theta(x) = base + sum_k w_k(x) v_k; the router reads the pretrained backbone's tokens."""
 

@@ -38,6 +38,7 @@ class Report(Stage):
         "pairs",
         "activations",
         "baselines",
+        "surgery",
         "fit_router",
         "export",
         "corrupt",

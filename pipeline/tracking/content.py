@@ -1,5 +1,6 @@
 """What MLflow is told of a run: plain data, made from the run record and the store, without MLflow."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.compare import flatten, run_rows
+from pipeline.costs import Cost, read_costs
 from pipeline.record import RunRecord
 from pipeline.store import Artefact, Manifest
 
-FITTED = ("base", "experts", "fit_head", "baselines", "fit_router")
+FITTED = ("base", "experts", "fit_head", "baselines", "surgery", "fit_router")
 CURVE_POINTS = 200
 POSITION = ("step", "epoch")
 PARAM_KEY_CHARS, PARAM_VALUE_CHARS = 250, 6000  # MLflow refuses more
@@ -54,8 +56,10 @@ def tracked_runs(record: RunRecord, artefacts: Artefacts) -> Iterator[TrackedRun
             if histories:
                 curves = [point for path in histories for point in _curve(path)]
                 yield _child(unit, f"{stage} {unit.unit}", curves, [])
+    costs = read_costs(artefacts)
     for unit in artefacts.get("evaluate", ()):
-        yield _child(unit, f"evaluate {unit.unit}", _results({"evaluate": [unit]}), [(unit.file("metrics.json"), "")])
+        points = [*_results({"evaluate": [unit]}), *_cost(costs.get(unit.unit))]
+        yield _child(unit, f"evaluate {unit.unit}", points, [(unit.file("metrics.json"), "")], _method(unit))
 
 
 def span_ms(record: RunRecord) -> tuple[int, int]:
@@ -96,13 +100,34 @@ def _parent(record: RunRecord, artefacts: Artefacts) -> TrackedRun:
     return TrackedRun("", record.run_id, params_of(record.config), tags, _finite(points), files)
 
 
-def _child(unit: Artefact, title: str, points: list[Point], files: list[tuple[Path, str]]) -> TrackedRun:
+def _method(unit: Artefact) -> dict[str, Any]:
+    """The method that was evaluated, with its parameters and need; empty for a reference."""
+    metrics = json.loads(unit.file("metrics.json").read_text(encoding="utf-8"))
+    return {**(metrics.get("method") or {}), **{f"cost.{k}": v for k, v in (metrics.get("cost") or {}).items()}}
+
+
+def _cost(cost: Cost | None) -> list[Point]:
+    """What the method took, as the report's table has it."""
+    if cost is None:
+        return []
+    measured = {"seconds": cost.seconds, "memory_bytes": cost.memory_bytes, "price": cost.price}
+    return [Point(metric_name("cost", name), value) for name, value in measured.items() if value is not None]
+
+
+def _child(
+    unit: Artefact,
+    title: str,
+    points: list[Point],
+    files: list[tuple[Path, str]],
+    told: Mapping[str, Any] | None = None,
+) -> TrackedRun:
     manifest = Manifest.read(unit.path)
     report = [Point(metric_name(name), float(value)) for name, value in (unit.report.get("metrics") or {}).items()]
     spans = [
         Point(metric_name("time", name), float(value)) for name, value in (unit.report.get("seconds") or {}).items()
     ]
-    params = params_of({**manifest.spec, **manifest.settings, "seed": manifest.seed, "version": manifest.version})
+    known = {**manifest.spec, **manifest.settings, "seed": manifest.seed, "version": manifest.version}
+    params = params_of({**known, **(told or {})})
     tags = {KEY_TAG: unit.key, "bd.stage": unit.stage, "bd.unit": unit.unit, "bd.digest": unit.digest}
     return TrackedRun(f"{unit.stage}/{unit.unit}", title, params, tags, _finite([*report, *spans, *points]), files)
 

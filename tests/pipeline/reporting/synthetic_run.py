@@ -190,7 +190,9 @@ class Synthetic:
                 made_from.append(f"fit_router/{model.removeprefix('bd_')}")
             stage = "export" if model.startswith("bd_") else "baselines"
             memory = {"peak_memory_bytes": 4e6 * (place + 1)}
-            self.add(stage, model, {"recipe.json": {}, **files}, metrics=memory, made_from=made_from)
+            self.add(
+                stage, model, {"recipe.json": {}, **files}, metrics=memory, seconds={"merge": 0.25}, made_from=made_from
+            )
 
     def _history(self, steps: int, terms: Mapping[str, tuple[float, float]]) -> pa.Table:
         decay = np.exp(-np.arange(steps) / (steps / 5))

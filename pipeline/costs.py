@@ -1,49 +1,56 @@
 """What each method cost, from the units it was made by: seconds, memory, and the price of one sample."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.reporting.parts import Parts, reference
 from pipeline.store import Artefact, Manifest
 
 # What every method is given, and no method pays for.
 GIVEN = ("shard", "base", "experts", "embed")
 MODELS = ("baselines", "surgery", "export")
 PEAK_MEMORY, PRICE = "peak_memory_bytes", "price_per_sample"
+WATCHED = ("merge", "search", "forward", "forward_backward")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one method. `seconds` are those of all units between what every method is given and its artefact.
+    """Of one method, made by `units`: those between what every method is given and its evaluation.
 
-    `memory_bytes` is the most that one of these units held beyond its inputs while it merged or fitted; `price` the
-    seconds of one sample by those of the plain model, 1 for any single set of weights. None: not measured.
+    `seconds` are those of each merge or fit itself where it was watched, of the whole unit elsewhere. `memory_bytes`
+    is the most that one of them held beyond its inputs, `price` the seconds of one sample by those of the plain model,
+    1 for any single set of weights. None: not measured.
     """
 
-    seconds: float | None
+    seconds: float
     memory_bytes: float | None
     price: float | None
-    sources: tuple[str, ...]
+    units: tuple[Artefact, ...]
 
 
-def read_costs(parts: Parts) -> dict[str, Cost]:
+def read_costs(artefacts: Mapping[str, Sequence[Artefact]]) -> dict[str, Cost]:
     """{model: its cost} of every evaluated model that some unit made."""
-    evaluated = {unit.unit: unit for unit in parts.units("evaluate")}
-    by_name = {f"{unit.stage}/{unit.unit}": unit for unit in parts.everything()}
-    made = {unit.unit: unit for stage in MODELS for unit in parts.units(stage)}
+    evaluated = {unit.unit: unit for unit in artefacts.get("evaluate", ())}
+    by_name = {f"{unit.stage}/{unit.unit}": unit for units in artefacts.values() for unit in units}
+    made = {unit.unit: unit for stage in MODELS for unit in artefacts.get(stage, ())}
     return {name: _cost(made[name], evaluated[name], by_name) for name in evaluated if name in made}
 
 
 def _cost(model: Artefact, evaluated: Artefact, by_name: Mapping[str, Artefact]) -> Cost:
     units = _line(model, by_name)
-    memory = [float(unit.report["metrics"][PEAK_MEMORY]) for unit in units if PEAK_MEMORY in _metrics(unit)]
+    memory = [float(_metrics(unit)[PEAK_MEMORY]) for unit in units if PEAK_MEMORY in _metrics(unit)]
     price = _metrics(evaluated).get(PRICE)
     return Cost(
-        seconds=sum(float(unit.made["process_s"]) for unit in units),
+        seconds=sum(_seconds(unit) for unit in units),
         memory_bytes=max(memory, default=None),
         price=1.0 if price is None else float(price),
-        sources=tuple(reference(unit) for unit in (*units, evaluated)),
+        units=(*units, evaluated),
     )
+
+
+def _seconds(unit: Artefact) -> float:
+    if PEAK_MEMORY not in _metrics(unit):
+        return float(unit.made["process_s"])
+    return sum(float(seconds) for kind, seconds in unit.report["seconds"].items() if kind in WATCHED)
 
 
 def _line(model: Artefact, by_name: Mapping[str, Artefact]) -> list[Artefact]:
