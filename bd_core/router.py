@@ -19,6 +19,7 @@ class Router(nn.Module):
     unless given (ours). The last layer starts small (ours), so that routing starts near uniform. n_groups = 1 is the
     task-wise router, more is layer-wise. `null_expert` (ours) adds an expert with a zero task vector to the softmax
     and drops its weight from the output, so that weights sum to less than 1 and the rest stays with theta_0.
+    `output="free"` leaves the softmax out, as WEMoE's gates do: weights of any size that start near `initial`.
     Tokens are centred and scaled by `token_mean` and `token_scale`, which `standardise` sets (ours).
     `generator` draws the initial weights; None is a fresh one with seed 0. The global generator is not touched.
     """
@@ -35,9 +36,16 @@ class Router(nn.Module):
         kind: Literal["mlp", "linear"] = "mlp",
         null_expert: bool = False,
         generator: torch.Generator | None = None,
+        output: Literal["softmax", "free"] = "softmax",
+        initial: float = 0.3,
     ) -> None:
         super().__init__()
         check_option(kind, ("mlp", "linear"), "kind", "Router")
+        check_option(output, ("softmax", "free"), "output", "Router")
+        if null_expert and output == "free":
+            raise ValueError(
+                "Router: null_expert = True needs output = 'softmax'; free weights leave room by themselves"
+            )
         sizes = {
             "width": width,
             "n_tasks": n_tasks,
@@ -50,6 +58,7 @@ class Router(nn.Module):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.n_tasks, self.n_groups, self.width = n_tasks, n_groups, width
         self.n_experts = n_tasks + int(null_expert)
+        self.output = output
         self.register_buffer("token_mean", torch.zeros(width))
         self.register_buffer("token_scale", torch.ones(()))
         n_out = n_groups * self.n_experts
@@ -59,9 +68,11 @@ class Router(nn.Module):
             self.layers = nn.Sequential(last)
         else:
             self.layers = nn.Sequential(_linear(width, last_width, width**-0.5, generator), nn.GELU(), last)
+        if output == "free":
+            nn.init.constant_(last.bias, initial)
 
     def forward(self, tokens_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B G K"]:
-        """Weight of every expert, per sample and group; over K they sum to 1, or to less with a null expert.
+        """Weight of every expert, per sample and group; over K they sum to 1, to less with a null expert, free to any.
 
         Raises ValueError when tokens are empty, of another width, or not finite.
         """
@@ -74,7 +85,9 @@ class Router(nn.Module):
             row = int((~torch.isfinite(tokens_BD).all(dim=1)).nonzero()[0])
             raise ValueError(f"Router: the tokens of row {row} have nan or inf; drop that sample or check the backbone")
         centred_BD = (tokens_BD - self.token_mean) / self.token_scale
-        logits_BGK = self.layers(centred_BD).unflatten(1, (self.n_groups, self.n_experts))
+        logits_BGK: Tensor = self.layers(centred_BD).unflatten(1, (self.n_groups, self.n_experts))
+        if self.output == "free":
+            return logits_BGK
         return torch.softmax(logits_BGK, dim=2)[:, :, : self.n_tasks]
 
     @torch.no_grad()

@@ -55,9 +55,14 @@ class Converter:
         self._done: dict[int, nn.Module] = {}
 
     def convert(self, module: nn.Module, path: str = "") -> nn.Module:
-        """The per-sample form of the module at this path; the module itself where it has no parameters."""
+        """The per-sample form of the module at this path; the module itself where nothing in it is merged."""
         if id(module) in self._done:
             return self._done[id(module)]
+        if self._is_fixed(module, path):
+            for name, part in module.named_modules():
+                self._restore_constants(part, _join(path, name) if name else path)
+            self._done[id(module)] = module
+            return module
         try:
             converted = self._native(module, path)
         except NoBatchedForm as reason:
@@ -71,10 +76,15 @@ class Converter:
             if isinstance(module, layer_type):
                 if not _keeps_forward(module, layer_type):
                     raise NoBatchedForm(f"its forward is not {layer_type.__name__}'s")
+                if not all(_join(path, name) in self.tensors for name, _ in module.named_parameters()):
+                    raise NoBatchedForm("only some of its parameters have task vectors")
                 return build(self, module, path)
-        own = [name for name, _ in module.named_parameters(recurse=False)]
-        own += [name for name, _ in module.named_buffers(recurse=False) if _join(path, name) in self.tensors]
-        if is_vision_transformer(module) or is_attention_pool(module):
+        parameters = [name for name, _ in module.named_parameters(recurse=False)]
+        buffers = [name for name, _ in module.named_buffers(recurse=False)]
+        own = [name for name in (*parameters, *buffers) if _join(path, name) in self.tensors]
+        if own and (is_vision_transformer(module) or is_attention_pool(module)):
+            if not set(parameters) <= set(own):
+                raise NoBatchedForm("only some of its parameters have task vectors")
             self._convert_children(module, path)
             for name in own:
                 del module._parameters[name]
@@ -91,6 +101,14 @@ class Converter:
         self._restore_constants(module, path)
         return module
 
+    def _is_fixed(self, module: nn.Module, path: str) -> bool:
+        """Whether the module has parameters and none of them task vectors; batch statistics are no such thing."""
+        prefix = f"{path}." if path else ""
+        parts = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if any(name.startswith(prefix) for name in self.tensors) or any(part.running_mean is None for part in parts):
+            return False
+        return any(_join(path, name) in self.constants for name, _ in module.named_parameters())
+
     def _convert_children(self, module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
             if child is not None:
@@ -100,11 +118,18 @@ class Converter:
         for name in list(module._buffers):
             if _join(path, name) in self.constants:
                 module._buffers[name] = self.constants[_join(path, name)]
+        for name in list(module._parameters):
+            if _join(path, name) in self.constants:
+                # The merged model has no parameters and an empty state dict, whatever it holds.
+                del module._parameters[name]
+                module.register_buffer(name, self.constants[_join(path, name)], persistent=False)
 
     def _through_vmap(self, module: nn.Module, path: str) -> VmapModule:
         prefix = f"{path}." if path else ""
         inside = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
         fixed = {name.removeprefix(prefix): t for name, t in self.constants.items() if name.startswith(prefix)}
+        if not inside:
+            raise ValueError(f"{path} ({type(module).__name__}) has no task vectors and ties samples to their batch")
         return VmapModule(module, inside, fixed)
 
     def own(self, path: str, name: str) -> MergedTensor | None:
