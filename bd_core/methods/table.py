@@ -12,6 +12,8 @@ from bd_core.methods.robust_merge import robust_merge
 from bd_core.methods.surgery import surgery
 from bd_core.methods.ties import ties
 from bd_core.methods.twin_merging import twin_merging
+from bd_core.methods.wemoe import wemoe
+from bd_core.methods.wemoe import wemoe
 
 __all__ = ["METHODS"]
 
@@ -82,6 +84,26 @@ METHODS: dict[str, Method] = {
             "task labels",
             "Twin-Merging, NeurIPS 2024",
             "an SVD a matrix, a router",
+            "model",
+            "per sample",
+        ),
+        Method(
+            "wemoe",
+            "WEMoE",
+            wemoe,
+            "unlabelled batches",
+            "WEMoE, ICML 2024",
+            "1000 steps of every task's forward and backward, per sample",
+            "model",
+            "per sample",
+        ),
+        Method(
+            "wemoe",
+            "WEMoE",
+            wemoe,
+            "unlabelled batches",
+            "WEMoE, ICML 2024",
+            "1000 steps of the per-sample model's forward and backward",
             "model",
             "per sample",
         ),
