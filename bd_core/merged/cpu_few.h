@@ -1,14 +1,16 @@
-// The kernels for few samples. There reading W_0 and tau from memory takes most of the time: they are read once, row by
-// row, into merged tiles without being packed, and lines of the next block are asked for while products run.
+// The kernels for few samples. There reading W_0 and tau takes most of the time: they are read once, row by row, into
+// merged tiles, and not packed. Asking for lines ahead of time was measured and made it slower: rows run long enough.
 
 #pragma once
 #include "cpu_parts.h"
 
-static const n_t FEW = 4;             // samples at most
-static const n_t FEW_OUTPUTS = 32;    // forward: rows of a block, a multiple of PANEL
-static const n_t FEW_DEPTH = 192;     // forward: columns of a block
-static const n_t FEW_COLUMNS = 128;   // backward: columns of a block, a multiple of PANEL
-static const n_t FEW_ROWS = 32;       // backward: rows of a block
+static const n_t FEW = 4;           // samples at most
+static const n_t FEW_OUTPUTS = 32;  // forward: rows of a block, a multiple of PANEL
+static const n_t FEW_DEPTH = 192;   // forward: columns of a block
+static const n_t FEW_ROWS = 24;     // backward: rows of a block
+
+// backward: columns of a block, a multiple of PANEL
+static constexpr n_t few_columns(int Q) { return Q == 1 ? 192 : 128; }
 
 // One row of Q tiles, W_0 + sum_k w_qk tau_k; PANEL elements lie together, the next PANEL `panel_stride` further
 template <int Q, class E>
@@ -55,27 +57,18 @@ static void few_forward(const float* x, const float* w, const float* base, const
                         std::memset(sums + at, 0, sizeof(float) * PANEL);
                         if (bias) copy(sums + at, bias + q * O + o + p * PANEL, n);
                     }
-            Ahead now(base + o * I, tau + o * I, I, k_stride, least(depth, I), height, K);
             for (n_t i = 0; i < I; i += depth) {
                 const n_t n = least(depth, I - i);
-                for (n_t r = 0; r < height; ++r) {
-                    now.until(r + 3);
+                for (n_t r = 0; r < height; ++r)
                     form_row<Q>(formed + r * n, size, PANEL, base + (o + r) * I + i, tau + (o + r) * I + i, k_stride, w,
                                 K, n);
-                }
-                // Of the next columns, or the next rows' first: the same thread takes these, but for its last ones
-                const bool last = i + depth >= I;
-                const n_t next_o = last ? least(o + FEW_OUTPUTS, O) : o, next_i = last ? 0 : i + depth;
-                now = Ahead(base + next_o * I + next_i, tau + next_o * I + next_i, I, k_stride,
-                            least(depth, I - next_i), least(FEW_OUTPUTS, O - next_o), K);
-                now.spread(Q * panels * (T / 6));
                 for (n_t q = 0; q < Q; ++q) {
                     pack(tile + q * size, formed + q * size, 1, n, n, height);
                     n_t row = I;
                     const float* a = close_rows(x + q * T * I + i, &row, T, n, near);
                     for (n_t p = 0; p < panels; ++p)
                         panel(a, row, 1, tile + q * size + p * n * PANEL, PANEL, n, sums + (q * panels + p) * T * PANEL,
-                              PANEL, T, &now);
+                              PANEL, T);
                 }
             }
             for (n_t q = 0; q < Q; ++q)
@@ -123,39 +116,33 @@ static void to_panels(float* to, const float* from, n_t row, n_t T, n_t width) {
 template <int Q, class E>
 static void few_backward(const float* x, const float* w, const float* base, const E* tau, const float* dy, float* dx,
                          float* parts, n_t T, n_t I, n_t O, n_t K, n_t k_stride) {
-    const n_t size = FEW_COLUMNS * FEW_ROWS, wide = T * FEW_COLUMNS;
+    const n_t columns = few_columns(Q), size = columns * FEW_ROWS, wide = T * columns;
 #pragma omp parallel
     {
         std::vector<float> room(Q * (size + 2 * wide + T * FEW_ROWS) + LINE);
         float *tile = aligned(room), *xs = tile + Q * size, *sums = xs + Q * wide, *near = sums + Q * wide;
 #pragma omp for schedule(dynamic)
-        for (n_t block = 0; block < blocks(I, FEW_COLUMNS); ++block) {
-            const n_t i = block * FEW_COLUMNS, width = least(FEW_COLUMNS, I - i), panels = blocks(width, PANEL);
+        for (n_t block = 0; block < blocks(I, columns); ++block) {
+            const n_t i = block * columns, width = least(columns, I - i), panels = blocks(width, PANEL);
             if (dx) std::memset(sums, 0, sizeof(float) * Q * wide);
             for (n_t q = 0; q < Q && parts; ++q) to_panels(xs + q * wide, x + q * T * I + i, I, T, width);
-            Ahead now(base + i, tau + i, I, k_stride, width, least(FEW_ROWS, O), K);
             for (n_t o = 0; o < O; o += FEW_ROWS) {
-                const n_t n = least(FEW_ROWS, O - o), next = least(o + FEW_ROWS, O);
-                for (n_t r = 0; r < n; ++r) {
-                    now.until(r + 3);
-                    if (dx)
-                        form_row<Q>(tile + r * PANEL, size, n * PANEL, base + (o + r) * I + i, tau + (o + r) * I + i,
+                const n_t n = least(FEW_ROWS, O - o);
+                for (n_t r = 0; r < n && dx; ++r)
+                    form_row<Q>(tile + r * PANEL, size, n * PANEL, base + (o + r) * I + i, tau + (o + r) * I + i,
                                     k_stride, w, K, width);
-                }
-                now = Ahead(base + next * I + i, tau + next * I + i, I, k_stride, width, least(FEW_ROWS, O - next), K);
-                now.spread(Q * panels * ((dx ? T / 6 : 0) + (parts ? n / 6 : 0)));
                 for (n_t q = 0; q < Q; ++q)
                     for (n_t t = 0; t < T; ++t) copy(near + (q * T + t) * n, dy + (q * T + t) * O + o, n);
                 for (n_t q = 0; q < Q && dx; ++q)
                     for (n_t p = 0; p < panels; ++p)
                         panel(near + q * T * n, n, 1, tile + q * size + p * n * PANEL, PANEL, n,
-                              sums + q * wide + p * T * PANEL, PANEL, T, &now);
+                              sums + q * wide + p * T * PANEL, PANEL, T);
                 if (!parts) continue;
                 std::memset(tile, 0, sizeof(float) * Q * size);
                 for (n_t q = 0; q < Q; ++q)
                     for (n_t p = 0; p < panels; ++p)
                         panel(near + q * T * n, 1, n, xs + q * wide + p * T * PANEL, PANEL, T,
-                              tile + q * size + p * n * PANEL, PANEL, n, &now);
+                              tile + q * size + p * n * PANEL, PANEL, n);
                 few_contract<Q>(tile, size, tau + o * I + i, I, k_stride, K, n, width, parts + block * Q * K);
             }
             for (n_t q = 0; q < Q && dx; ++q)

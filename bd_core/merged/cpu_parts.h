@@ -122,38 +122,6 @@ static const float* close_rows(const float* a, n_t* row, n_t T, n_t depth, float
     return room;
 }
 
-// Cache lines of a block of W_0 and tau that is needed later: asked for a few at a time, while products run
-struct Ahead {
-    const char *base, *tau;
-    n_t base_row, tau_row, k_stride, base_bytes, tau_bytes, n_rows, K;  // rows and strides in bytes
-    n_t r = 0, m = 0, byte = 0, share = 0;
-
-    template <class E>
-    Ahead(const float* W, const E* t, n_t row, n_t stride, n_t width, n_t n_rows, n_t K)
-        : base(reinterpret_cast<const char*>(W)), tau(reinterpret_cast<const char*>(t)), base_row(row * n_t(sizeof(float))),
-          tau_row(row * n_t(sizeof(E))), k_stride(stride * n_t(sizeof(E))), base_bytes(width * n_t(sizeof(float))),
-          tau_bytes(width * n_t(sizeof(E))), n_rows(n_rows), K(K) {}
-
-    // over so many calls of `some`
-    void spread(n_t calls) { share = 1 + n_rows * (base_bytes + K * tau_bytes + 64 * (K + 1)) / (64 * (calls + 1)); }
-
-    void some() { next(share, n_rows); }
-
-    // all of the first rows
-    void until(n_t row) { next(INT64_MAX, least(row, n_rows)); }
-
-    void next(n_t count, n_t last) {
-        for (; r < last && count > 0; --count) {
-            const char* row = m ? tau + (m - 1) * k_stride + r * tau_row : base + r * base_row;
-            __builtin_prefetch(row + byte, 0, 2);
-            if ((byte += 64) >= (m ? tau_bytes : base_bytes)) {
-                byte = 0;
-                if (++m > K) m = 0, ++r;
-            }
-        }
-    }
-};
-
 // out [M, PANEL] += a [M, n] b [n, PANEL]; element (m, c) of a at [m * a_row + c * a_col]
 template <int M>
 static inline void rows(const float* a, n_t a_row, n_t a_col, const float* b, n_t b_stride, n_t n, float* out,
@@ -172,12 +140,10 @@ static inline void rows(const float* a, n_t a_row, n_t a_col, const float* b, n_
 
 // out [n_rows, PANEL] += a [n_rows, n] b [n, PANEL]
 static void panel(const float* a, n_t a_row, n_t a_col, const float* b, n_t b_stride, n_t n, float* out,
-                  n_t out_stride, n_t n_rows, Ahead* ahead = nullptr) {
+                  n_t out_stride, n_t n_rows) {
     n_t m = 0;
-    for (; m + 6 <= n_rows; m += 6) {
+    for (; m + 6 <= n_rows; m += 6)
         rows<6>(a + m * a_row, a_row, a_col, b, b_stride, n, out + m * out_stride, out_stride);
-        if (ahead) ahead->some();
-    }
     a += m * a_row, out += m * out_stride;
     switch (n_rows - m) {
         case 5:
