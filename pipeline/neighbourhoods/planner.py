@@ -14,7 +14,7 @@ Backend = Literal["exact", "flat", "ivf", "gpu"]
 
 # IVF: 3 sqrt(n) lists, as a power of two, so that a pool that grows keeps its quantiser until it has grown fourfold.
 LISTS_PER_ROOT = 3
-FEWEST_LISTS, MOST_LISTS = 16, 2**16
+FEWEST_LISTS, MOST_LISTS, FEWEST_IN_A_LIST = 4, 2**16, 16
 # Measured on two cores at D = 512: scanning a list is bound by memory where a product of matrices is not.
 SCAN_COST = 6.0
 FEWEST_IVF_ROWS = 4096
@@ -57,8 +57,8 @@ def ivf_flops(n_rows: float, width: int, n_lists: int, n_probes: int) -> float:
 
 def lists_for(n_rows: int) -> int:
     """How many lists a pool of this size is cut into."""
-    wanted = 1 << ceil(log2(max(LISTS_PER_ROOT * sqrt(n_rows), 1)))
-    return min(MOST_LISTS, max(FEWEST_LISTS, wanted))
+    wanted = 1 << ceil(log2(LISTS_PER_ROOT * sqrt(n_rows)))
+    return max(FEWEST_LISTS, min(MOST_LISTS, wanted, 1 << (n_rows // FEWEST_IN_A_LIST).bit_length()))
 
 
 def choose(

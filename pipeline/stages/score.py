@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bd_core.dirichlet import iec, opinion
-from bd_core.discrepancy import adjacency_discrepancy, divergence, negative_sharpness_share, sharpness
+from bd_core.discrepancy import discrepancy, negative_sharpness_share
 from bd_core.head import EvidentialHead
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.config import Spec
@@ -29,6 +29,7 @@ from pipeline.stages.neighbour_files import read_neighbourhoods
 from pipeline.stages.pool import Pool
 
 Factor = Literal["sharpness", "divergence", "conflict"]
+SIGNALS = ("sharpness", "divergence", "mean_ads")
 
 
 class ScoreSpec(Spec):
@@ -41,7 +42,9 @@ class ScoreSpec(Spec):
     max_negative_sharpness: float = Field(
         default=0.05, ge=0, le=1, description="with `paper`: refuse when more anchors than this have Sharp < 0; ours"
     )
-    memory_mib: int = Field(default=512, ge=1, description="what the evidence of one block of edges may take")
+    memory_mib: int = Field(
+        default=512, ge=1, description="half for the evidence of a block of edges, half for the formulas"
+    )
 
 
 class Score(Stage):
@@ -90,45 +93,33 @@ def score_anchors(
 
     Neighbours are rows of the pool. Isolated anchors have no sharpness, divergence or ADS: null, never zero.
     """
-    signals: dict[str, list[Tensor]] = {"sharpness": [], "divergence": [], "mean_ads": []}
-    ads = []
-    for anchors in _blocks(graph, spec.memory_mib * 2**20 // _edge_bytes(anchor_alpha_AC.shape[1])):
+    found = []
+    for anchors in _blocks(graph, spec.memory_mib * 2**20 // 2 // _edge_bytes(anchor_alpha_AC.shape[1])):
         block = rows_of(graph, torch.arange(anchors.start, anchors.stop))
         rows, neighbours = torch.unique(block.neighbours, return_inverse=True)
-        # The formulas want a base of at least as many rows as anchors, and one even where there is no edge.
-        near_alpha = [head(pool.features_at(rows.numpy()))] if len(rows) else []
-        alpha_NC = torch.cat([*near_alpha, anchor_alpha_AC[anchors]])
-        near = Neighbourhoods(block.offsets, neighbours, block.cosine)
-        ads_E, found = _block_scores(alpha_NC, anchor_alpha_AC[anchors], near, spec)
-        ads.append(ads_E)
-        for name, values in found.items():
-            signals[name].append(values)
-    gathered = {"u": opinion(anchor_alpha_AC).uncertainty, "iec": iec(anchor_alpha_AC)}
-    gathered |= {name: torch.cat(values) for name, values in signals.items()}
-    columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in gathered.items()}
+        # The formulas want a base even where there is no edge to one.
+        alpha_NC = head(pool.features_at(rows.numpy())) if len(rows) else anchor_alpha_AC[:1]
+        found.append(
+            discrepancy(
+                alpha_NC,
+                Neighbourhoods(block.offsets, neighbours, block.cosine),
+                sharpness=spec.sharpness,
+                anchor_alpha=anchor_alpha_AC[anchors],
+                factors=spec.factors,
+                budget_bytes=spec.memory_mib * 2**20 // 2,
+            )
+        )
+    signals = {"u": opinion(anchor_alpha_AC).uncertainty, "iec": iec(anchor_alpha_AC)}
+    signals |= {name: torch.cat([getattr(each, name) for each in found]) for name in SIGNALS}
+    columns = {name: pa.array(values.numpy(), pa.float32(), from_pandas=True) for name, values in signals.items()}
     columns["degree"] = pa.array(graph.degree.numpy(), pa.int64())
-    return columns, torch.cat(ads).float(), negative_sharpness_share(gathered["sharpness"])
-
-
-def _block_scores(
-    alpha_NC: Tensor, anchor_alpha_AC: Tensor, graph: Neighbourhoods, spec: ScoreSpec
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """ADS of every edge, and what each anchor's edges come to."""
-    ads_E = adjacency_discrepancy(
-        alpha_NC, graph, sharpness=spec.sharpness, anchor_alpha=anchor_alpha_AC, factors=spec.factors
-    )
-    degree_A = graph.degree
-    summed_A = torch.zeros(len(degree_A), dtype=ads_E.dtype).index_add_(0, graph.anchors(), ads_E)
-    return ads_E, {
-        "sharpness": sharpness(alpha_NC, graph, form=spec.sharpness),
-        "divergence": divergence(alpha_NC, graph, anchor_alpha=anchor_alpha_AC),
-        "mean_ads": torch.where(degree_A > 0, summed_A / degree_A, torch.nan),
-    }
+    ads_E = torch.cat([each.ads for each in found]).float()
+    return columns, ads_E, negative_sharpness_share(signals["sharpness"])
 
 
 def _edge_bytes(n_classes: int) -> int:
-    """An edge's far end in memory: its evidence and what the formulas make of it, were each edge to another row."""
-    return 4 * 4 * n_classes
+    """An edge's far end in memory, were each edge to another row: its logits, and the evidence made of them."""
+    return 3 * 4 * n_classes
 
 
 def _blocks(graph: Neighbourhoods, edges: int) -> Iterator[slice]:
