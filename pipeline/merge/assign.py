@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from bd_core.methods import METHODS, Method, merge_stream
+from bd_core.methods import METHODS, Method
 from bd_core.methods.registry import check_parameters, find_method
 from pipeline.errors import ConfigError, DataError
-from pipeline.merge.adapters import adapter_settings, adapter_stream
+from pipeline.merge.adapters import adapter_settings
 from pipeline.merge.inputs import Inputs, check_layouts, matching, open_inputs
 from pipeline.merge.spec import MergeSpec
 
@@ -61,7 +62,8 @@ def make_plan(spec: MergeSpec) -> Plan:
     chosen = [name for name in header if name not in copied or copied[name] == INTEGER]
     check_layouts(inputs, chosen, spec)
     copied |= _untouched(inputs, [name for name in header if name not in copied])
-    left = [name for name in header if name not in copied]
+    # One order whatever the files are, so that random methods draw alike; it is that of safetensors on the disk.
+    left = sorted(header.keys() - copied.keys(), key=lambda name: (-header[name].element_size(), name))
     groups = []
     for pattern in spec.groups:
         fitting = matching(pattern, inputs)
@@ -72,7 +74,7 @@ def make_plan(spec: MergeSpec) -> Plan:
     if not groups:
         raise ConfigError(f"{spec.base}: nothing is left to merge; correct --include and --exclude")
     for group in groups:
-        _try_parameters(method, inputs, group)
+        _try_parameters(method, len(inputs.experts), group)
     return Plan(spec, method, inputs, tuple(groups), copied)
 
 
@@ -113,15 +115,11 @@ def _parameters(method: Method, spec: MergeSpec, own: Mapping[str, Any]) -> dict
     return {**method.defaults, **given}
 
 
-def _try_parameters(method: Method, inputs: Inputs, group: Group) -> None:
-    """Have the method itself check parameters and layout on headers; no value is read before its first tensor."""
-    header = inputs.base_state.header
-    base = {name: header[name] for name in group.names}
+def _try_parameters(method: Method, experts: int, group: Group) -> None:
+    """Have the method itself check its parameters, on a model of four numbers: it does so before it reads a tensor."""
+    stand_in = {"weight": torch.zeros(2, 2)} if method.experts == "checkpoints" else {}
     try:
-        if method.experts == "adapters":
-            adapter_stream(method.name, inputs, group.names, group.parameters)
-        else:
-            merge_stream(method.name, base, [base] * len(inputs.experts), **group.parameters)
+        method.function(stand_in, [stand_in] * experts, **group.parameters)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -6,14 +6,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bd_core.methods import merge_stream
 from bd_core.task_vectors import same_integers
 from pipeline import logs
 from pipeline.errors import ConfigError, DataError
@@ -53,9 +54,13 @@ def merge_files(spec: MergeSpec, *, force: bool = False) -> Done:
     check_integers(plan)
     counts: dict[tuple[str, str], int] = {}
     progress = MergeProgress(spec.method, len(plan.inputs.base.sources))
+    # Chunks are worked on at the rate of memory: half the cores merge, while the others hash and write.
+    cores = os.cpu_count() or 1
+    merging = max(1, cores // 2) if plan.method.memory == "chunk" else cores
     try:
         with (
-            Hashing(files, os.cpu_count() or 1) as hashing,
+            threads(merging),
+            Hashing(files, cores) as hashing,
             Output(spec.output, plan.inputs.base, note(plan)) as output,
         ):
             for name, value in _named_faults(_tensors(plan, counts), plan, needed):
@@ -80,6 +85,17 @@ def merge_files(spec: MergeSpec, *, force: bool = False) -> Done:
     for warning in manifest["warnings"][len(plan.inputs.warnings) :]:
         logs.fact(f"warning: {warning}", level=30)
     return Done(spec.output, place, manifest)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch with so many threads at most, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_integers(plan: Plan) -> None:
@@ -134,7 +150,8 @@ def _merged(plan: Plan, group: Group, counts: dict[tuple[str, str], int]) -> Ite
         experts = [mended(state, origin, title, counts) for state, title in zip(experts, titles, strict=True)]
         base = mended(origin, None, str(plan.inputs.base.path), counts)
     waiting = set(group.names)
-    for name, value in merge_stream(plan.method.name, base, experts, **group.parameters):
+    # Not through `merge_stream`: names, shapes and dtypes were compared by the headers, without a tensor read.
+    for name, value in plan.method.function(base, experts, **group.parameters):
         waiting.remove(name)
         yield name, restored(value, origin[name]) if plan.spec.allow_nonfinite else value
     assert not waiting, f"{plan.method.name} never gave {sorted(waiting)[:3]}"
