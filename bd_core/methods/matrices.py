@@ -1,0 +1,189 @@
+"""Linear algebra that the matrix methods share, batched over layers of equal shape.
+
+Legend: B layers of equal shape, K experts, O output rows, I input columns, N rows, C <= N columns, R kept rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bd_core.methods.stream import Merged, StateDict, entrywise
+from bd_core.task_vectors import refuse_nonfinite, widened
+
+__all__ = [
+    "LAYER_BYTES",
+    "PROJECTIONS",
+    "Polar",
+    "add_gram",
+    "expert_layers",
+    "kept",
+    "leading_part",
+    "polar",
+    "right_solve",
+]
+
+# One expert's task vectors of equal-shaped layers taken together (ours): on a CPU batching saves little, so the
+# working set stays small beside a ViT-B/32; give more on an accelerator.
+LAYER_BYTES = 16 << 20
+# Matrices outside attention and MLP that are no embedding: projections to the joint space and classification heads.
+PROJECTIONS = (r"(^|\.)proj$", r"(text|visual)_projection", r"(^|\.)(lm_head|classifier|head)\b", r"^fc\.weight$")
+
+# Singular values below this share of the largest are rounding, not directions (LAPACK's error is a few eps).
+ROUNDING_EPS = 32
+# Forming a Gram matrix squares the condition number: above these, float32 still gives about 1e-6 (both measured).
+POLAR_CONDITION = 1e-2
+LEADING_CONDITION = 3e-5
+# A rotation below this leaves a second-order error under float32's rounding.
+SMALL_ROTATION = 1e-3
+REFINEMENTS = 3
+
+
+class Polar(NamedTuple):
+    """The polar factor `left @ right` of a matrix, as two factors, and its singular values (dropped ones are zero)."""
+
+    left: Float[Tensor, "B N C"]
+    right: Float[Tensor, "B C C"]
+    values: Float[Tensor, "B C"]
+
+
+def expert_layers(
+    base: StateDict, experts: Sequence[StateDict], names: Sequence[str]
+) -> Iterator[Float[Tensor, "B O I"]]:
+    """The task vectors of the named layers, one expert after another, in float32 (float64 stays).
+
+    One buffer serves all experts: it is the reader's to change, and gone when the next expert is asked for. Raises
+    ValueError naming the tensor and the expert where a value is not finite.
+    """
+    origin_BOI = torch.stack([widened(base[name]) for name in names])
+    vectors_BOI = torch.empty_like(origin_BOI)
+    for k, expert in enumerate(experts):
+        for row, name in zip(vectors_BOI, names, strict=True):
+            row.copy_(expert[name].detach())
+        vectors_BOI -= origin_BOI
+        if not bool(torch.isfinite(vectors_BOI.sum())):
+            for name in names:
+                refuse_nonfinite(name, expert[name], base[name], f"expert {k}")
+            if not bool(torch.isfinite(vectors_BOI).all()):
+                raise ValueError(f"expert {k}: a task vector of {', '.join(names)} overflows; its values are too large")
+        yield vectors_BOI
+
+
+def kept(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Merged:
+    """theta_0 of every named tensor, whatever the experts hold; they are read only to refuse NaN and infinities."""
+    return entrywise(base, experts, names, lambda vectors_Kn, name, start: vectors_Kn[0].zero_())
+
+
+def add_gram(
+    gram_BII: Float[Tensor, "B I I"],
+    product_BOI: Float[Tensor, "B O I"],
+    left_BOI: Float[Tensor, "B O I"],
+    vectors_BOI: Float[Tensor, "B O I"],
+) -> None:
+    """Adds V^T V to `gram` and `left` V^T V to `product`, in place, by the cheaper order of products."""
+    n_rows, n_columns = vectors_BOI.shape[1:]
+    if n_rows >= n_columns:
+        own_BII = vectors_BOI.mT @ vectors_BOI
+        gram_BII += own_BII
+        product_BOI.baddbmm_(left_BOI, own_BII)
+    else:
+        gram_BII.baddbmm_(vectors_BOI.mT, vectors_BOI)
+        product_BOI.baddbmm_(left_BOI @ vectors_BOI.mT, vectors_BOI)
+
+
+def right_solve(
+    product_BOI: Float[Tensor, "B O I"], gram_BII: Float[Tensor, "B I I"], ridge: float | Float[Tensor, " B"] = 0.0
+) -> Float[Tensor, "B O I"]:
+    """X = product (gram + ridge I)^+ for symmetric gram >= 0, solved in float64 and given in the product's dtype.
+
+    By Cholesky; where that fails or its pivots say that the matrix is singular to the rounding of `gram`'s dtype, by
+    the pseudo-inverse from an eigendecomposition: directions at or below rounding get zero.
+    """
+    wide_BII = gram_BII.double()
+    if wide_BII is gram_BII:
+        wide_BII = wide_BII.clone()
+    wide_BII.diagonal(dim1=1, dim2=2).add_(torch.as_tensor(ridge).to(wide_BII).reshape(-1, 1))
+    result = torch.empty_like(product_BOI)
+    for matrix_II, product_OI, out_OI in zip(wide_BII, product_BOI, result, strict=True):
+        rounding = len(matrix_II) * torch.finfo(gram_BII.dtype).eps
+        factor_II, failed = torch.linalg.cholesky_ex(matrix_II)
+        pivots = factor_II.diagonal().square()
+        if not failed and bool(pivots.min() > rounding * pivots.max()):
+            out_OI.copy_(torch.cholesky_solve(product_OI.double().mT, factor_II).mT)
+            continue
+        values_I, vectors_II = torch.linalg.eigh(matrix_II)
+        inverse_I = torch.where(values_I > rounding * values_I[-1].clamp_min(0), 1 / values_I, 0.0)
+        out_OI.copy_((product_OI.double() @ vectors_II * inverse_I) @ vectors_II.mT)
+    return result
+
+
+def polar(matrix_BNC: Float[Tensor, "B N C"], dtype: torch.dtype) -> Polar:
+    """U V^T of M = U S V^T for N >= C in `dtype`, with singular directions at or below rounding left out.
+
+    Well-conditioned matrices by (M^T M)^(-1/2) in `dtype`, one eigendecomposition of size C; others by SVD in M's own.
+    Nearly square ones go there at once: the smallest singular value of a square matrix without structure is about 1/C.
+    """
+    n_rows, n_columns = matrix_BNC.shape[1:]
+    if n_rows * 4 >= n_columns * 5:
+        narrow_BNC = matrix_BNC.to(dtype)
+        values_BC, vectors_BCC = torch.linalg.eigh(narrow_BNC.mT @ narrow_BNC)
+        if bool((values_BC[:, 0] > POLAR_CONDITION * values_BC[:, -1]).all()):
+            root_BC = values_BC.sqrt()
+            return Polar(narrow_BNC, (vectors_BCC / root_BC[:, None]) @ vectors_BCC.mT, root_BC)
+    left_BNC, values_BC, right_BCC = torch.linalg.svd(matrix_BNC, full_matrices=False)
+    values_BC = values_BC * _above_rounding(values_BC, dtype)
+    return Polar((left_BNC * (values_BC > 0)[:, None]).to(dtype), right_BCC.to(dtype), values_BC.to(dtype))
+
+
+def leading_part(
+    matrix_BNC: Float[Tensor, "B N C"], rank: int
+) -> tuple[Float[Tensor, "B N R"], Float[Tensor, "B R R"], Float[Tensor, "B C R"]]:
+    """(left, core, right): left core right^T is the best rank-R approximation of each matrix, N >= C >= R.
+
+    The columns of left and right (float64) are orthonormal bases of the leading singular subspaces; the core is full:
+    the singular vectors themselves are never needed. Columns beyond a matrix's own rank are zero.
+
+    Subspaces by the eigenvectors of M^T M, rotated to first order against M^T (M W) in float64, which makes them more
+    accurate than an SVD in float32; by SVD where the R-th singular value is too small beside the first for that.
+    """
+    if rank < matrix_BNC.shape[2]:
+        right_BCR = _leading_right(matrix_BNC, rank)
+        if right_BCR is not None:
+            left_BNR, core_BRR = torch.linalg.qr(matrix_BNC.double() @ right_BCR)
+            return left_BNR, core_BRR.to(matrix_BNC.dtype), right_BCR
+    left_BNC, values_BC, rows_BCC = torch.linalg.svd(matrix_BNC, full_matrices=False)
+    directions_BR = _above_rounding(values_BC, values_BC.dtype)[:, :rank]
+    return (
+        (left_BNC[:, :, :rank] * directions_BR[:, None]).double(),
+        torch.diag_embed(values_BC[:, :rank] * directions_BR),
+        (rows_BCC[:, :rank].mT * directions_BR[:, None]).double(),
+    )
+
+
+def _leading_right(matrix_BNC: Tensor, rank: int) -> Tensor | None:
+    """An orthonormal basis of the leading right singular directions, or None where the Gram matrix hides them."""
+    values_BC, vectors_BCC = torch.linalg.eigh(matrix_BNC.mT @ matrix_BNC)
+    if not bool((values_BC[:, -rank] > LEADING_CONDITION * values_BC[:, -1]).all()):
+        return None
+    wide_BNC, vectors_BCC, values_BC = matrix_BNC.double(), vectors_BCC.double(), values_BC.double()
+    head_BCR: Tensor
+    head_BCR, tail_BCT = vectors_BCC[:, :, -rank:], vectors_BCC[:, :, :-rank]
+    smallest_B11 = torch.finfo(matrix_BNC.dtype).eps * values_BC[:, -1, None, None]
+    for _ in range(REFINEMENTS):
+        image_BCR = wide_BNC.mT @ (wide_BNC @ head_BCR)
+        ritz_BR, turn_BRR = torch.linalg.eigh(head_BCR.mT @ image_BCR)
+        gap_BTR = (ritz_BR[:, None, :] - values_BC[:, :-rank, None]).clamp_min(smallest_B11)
+        rotation_BTR = tail_BCT.mT @ (image_BCR @ turn_BRR) / gap_BTR
+        head_BCR, _ = torch.linalg.qr(head_BCR @ turn_BRR + tail_BCT @ rotation_BTR)
+        if float(rotation_BTR.abs().max()) < SMALL_ROTATION:
+            return head_BCR
+        tail_BCT = tail_BCT - head_BCR @ (head_BCR.mT @ tail_BCT)
+    return None
+
+
+def _above_rounding(values_BC: Tensor, dtype: torch.dtype) -> Tensor:
+    return values_BC > ROUNDING_EPS * torch.finfo(dtype).eps * values_BC[:, :1]
