@@ -114,7 +114,7 @@ def _drop(clean: float | None, value: float | None) -> float | None:
 def display_order(model: str, method: str | None = None) -> tuple[int, str]:
     """Sort key: references, baselines, ours. A row of another name stands with its method, or as the last baseline."""
     known = model if model in ORDER else method
-    return ORDER.index(known) if known in ORDER else ORDER.index("bd_task") - 1, model
+    return ORDER.index(known) if known in ORDER else ORDER.index("bd_task") - 1, "" if known == model else model
 
 
 def compare_runs(runs: Sequence[tuple[RunRecord, Artefacts]]) -> Comparison:

@@ -5,7 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.costs import read_costs
-from pipeline.reporting import accuracy, calibration, graph, losses, pairs, ranking, router, timing, trust, unseen, used
+from pipeline.reporting import (
+    accuracy,
+    calibration,
+    fronts,
+    graph,
+    losses,
+    pairs,
+    ranking,
+    router,
+    timing,
+    trust,
+    unseen,
+    used,
+)
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.headline import Verdict, asides, certainty, headline, percent, signed, verdict
 from pipeline.reporting.markup import Html, details, join, note, table, tag
@@ -73,7 +86,12 @@ def _sections(
             "ranking",
             "Accuracy and cost",
             "Every method by its place, with what it needs and what it took.",
-            ranking.section(results, read_costs(parts.by_stage), gallery, numbers),
+            join(
+                [
+                    ranking.section(results, read_costs(parts.by_stage), gallery, numbers),
+                    fronts.section(parts, gallery, numbers),
+                ]
+            ),
         ),
         Section(
             "shift",

@@ -104,6 +104,9 @@ class Stacked(Mapping[str, Tensor]):
             raise KeyError(name)
         return torch.stack([file.get_tensor(name) for file in self._files])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

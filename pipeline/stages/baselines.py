@@ -8,7 +8,7 @@ from bd_core.methods import merge
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.cost import watched
 from pipeline.stages.job import Job
-from pipeline.stages.learned import fit_coefficients, twin
+from pipeline.stages.learned import fit_coefficients, twin, wemoe_gates
 from pipeline.stages.merged_files import recipe_of, write_static
 from pipeline.stages.method_inputs import MethodInputs
 from pipeline.stages.method_list import BaselinesSpec, Entry, entry_of
@@ -82,4 +82,9 @@ def settings_of(entry: Entry, seed: int) -> dict[str, Any]:
     }
 
 
-RUNNERS: dict[str, Callable[[Job], None]] = {"adamerging": fit_coefficients, "twin_merging": twin, "map": pareto}
+RUNNERS: dict[str, Callable[[Job], None]] = {
+    "adamerging": fit_coefficients,
+    "twin_merging": twin,
+    "wemoe": wemoe_gates,
+    "map": pareto,
+}

@@ -26,6 +26,7 @@ def router_from(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Route
         hidden=config["hidden"],
         kind=config["kind"],
         null_expert=config["null_expert"],
+        output=config.get("output", "softmax"),
     )
     router.load_state_dict(dict(state))
     return router.eval()

@@ -27,6 +27,7 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
 PROVIDED = DATA | {"features", "merged", "search"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "surgery": {"on": "task_arithmetic"},  # the row whose model is corrected
+    "wemoe": {"steps": 1000, "learning_rate": 1e-4},  # of its gates; FusionBench's
     "map": {"trials": 1000},  # of NSGA-III, each one evaluation of the quadratics; ours
 }
 NAME = r"^(?!pretrained$|experts$|bd_)[a-z0-9][a-z0-9_]{0,40}$"
@@ -141,6 +142,12 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if taken := sorted(entry.data & entry.parameters.keys()):
         raise ValueError(f"{name}: {', '.join(taken)} of {entry.method.name} comes from the run's data; leave it out")
+    for key, default in OPTIONS.get(entry.method.name, {}).items():
+        value = entry.options[key]
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise ValueError(f"{name}: {key}={value!r} must be of type {type(default).__name__}, such as {default!r}")
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError(f"{name}: {key}={value!r} must be above 0")
     check_parameters(entry.method, {**dict.fromkeys(entry.data), **entry.parameters})
     # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
     exact = {
@@ -157,9 +164,11 @@ def _try(method: Method, parameters: Mapping[str, Any]) -> None:
     Only begin: parameters are looked at first. Not even one step of a fit: torch takes seconds to load what an
     optimiser needs, and `plan` waits for this.
     """
-    base, experts = {"weight": torch.eye(2)}, [{"weight": torch.ones(2, 2)}, {"weight": -torch.ones(2, 2)}]
-    stand_ins = {"grams": {"weight": torch.eye(2).expand(2, 2, 2)}, "squares": {}, "validate": _no_accuracy}
+    name = "mlp.weight"
+    base, experts = {name: torch.eye(2)}, [{name: torch.ones(2, 2)}, {name: -torch.ones(2, 2)}]
+    stand_ins = {"grams": {name: torch.eye(2).expand(2, 2, 2)}, "squares": {}, "validate": _no_accuracy}
     given = {name: value for name, value in stand_ins.items() if name in method.required}
+    parameters = {name: value for name, value in parameters.items() if name != "gated"}  # patterns of real names
     try:
         if method.name in CHECKS:
             CHECKS[method.name](**parameters)

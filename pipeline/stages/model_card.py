@@ -53,7 +53,8 @@ from bd_core import MergedModel, Router
 {vectors}
 form = recipe["router"]
 router = Router(
-    form["width"], len(form["experts"]), form["n_groups"], form["hidden"], form["kind"], form["null_expert"]
+    form["width"], len(form["experts"]), form["n_groups"], form["hidden"], form["kind"], form["null_expert"],
+    output=form.get("output", "softmax"),
 )
 router.load_state_dict(load_file(here / "router.safetensors"))
 visual.load_state_dict(load_file(here / "{pretrained}"))
@@ -70,8 +71,8 @@ WHOLE_VECTORS = """\
 from bd_core.task_vectors import TaskVectors
 
 base, recipe = load_file(here / "base.safetensors"), json.loads((here / "recipe.json").read_text())
-integers = {name: value for name, value in base.items() if not value.is_floating_point()}
-vectors = TaskVectors(load_file(here / "task_vectors.safetensors"), integers)"""
+stored = load_file(here / "task_vectors.safetensors")
+vectors = TaskVectors(stored, {name: value for name, value in base.items() if name not in stored})"""
 
 CUT_VECTORS = """\
 from bd_core.compression import CompressedVectors

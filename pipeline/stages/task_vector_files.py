@@ -101,9 +101,10 @@ def read_task_vectors(
         name: value.float() if value.dtype == torch.bfloat16 else value
         for name, value in load_file(directory / VECTORS).items()
     }
-    integers = {name: value for name, value in base.items() if not value.is_floating_point()}
     if kept.get("kind", "dense") == "dense":
-        return TaskVectors(stored, integers)
+        # Buffers, and in a model that is merged in part, whatever has no vectors.
+        return TaskVectors(stored, {name: value for name, value in base.items() if name not in stored})
+    integers = {name: value for name, value in base.items() if not value.is_floating_point()}
     shapes = {name: tuple(shape) for name, shape in kept["shapes"].items()}
     factors = {name: (stored[LEFT + name], stored[RIGHT + name]) for name in shapes if name not in stored}
     dense = {name: stored[name] for name in shapes if name in stored}
