@@ -107,22 +107,28 @@ struct Scan {
     n_t n_query, width, first_query;
     float band;
 
-    bool inside(float* value, n_t i, n_t j, float radius) const {
+    bool reaches(float* value, n_t i, n_t j, float radius) const {
         if (std::fabs(*value - radius) <= band) *value = exact_product(query + i * width, base + j * width, width);
         return *value >= radius;
     }
 
-    // The pairs of one register tile, row by row
-    void collect(const float* tile, n_t row, int n_rows, n_t column, n_t n_columns, Hits* there, Hits* back) const {
-        for (n_t i = row; i < row + n_rows; ++i)
-            for (n_t j = column; j < column + n_columns; ++j) {
-                const float value = tile[(i - row) * PANEL + j - column];
-                float first = value, second = value;
+    // The pairs of one register tile, row by row; least: the smallest radius of these base rows, or beyond any
+    void collect(const float* tile, n_t row, int n_rows, n_t column, n_t n_columns, float least, Hits* there,
+                 Hits* back) const {
+        for (n_t i = row; i < row + n_rows; ++i, tile += PANEL) {
+            const float low = std::min(least, query_radius[i]) - band;
+            unsigned inside = 0;
+            for (n_t lane = 0; lane < PANEL; ++lane) inside |= unsigned(tile[lane] >= low) << lane;
+            if (n_columns < PANEL) inside &= (1u << n_columns) - 1;
+            for (; inside; inside &= inside - 1) {
+                const n_t lane = __builtin_ctz(inside), j = column + lane;
+                float first = tile[lane], second = first;
                 if (own ? own[i] == j : first_query >= 0 && j <= first_query + i) continue;
-                if (value >= query_radius[i] - band && inside(&first, i, j, query_radius[i])) there->add(i, j, first);
-                if (base_radius && value >= base_radius[j] - band && inside(&second, i, j, base_radius[j]))
+                if (first >= query_radius[i] - band && reaches(&first, i, j, query_radius[i])) there->add(i, j, first);
+                if (base_radius && second >= base_radius[j] - band && reaches(&second, i, j, base_radius[j]))
                     back->add(i, j, second);
             }
+        }
     }
 
     // Queries against base rows start to stop; room holds the packed rows and the products of a panel
@@ -145,7 +151,7 @@ struct Scan {
                         const float top = multiply_some(m, query + i * width + c, width, panel, n, tile, c == 0);
                         if (c + n < width) continue;
                         const float low = std::min(least, *std::min_element(query_radius + i, query_radius + i + m));
-                        if (top >= low - band) collect(tile, i, m, p, n_columns, there, back);
+                        if (top >= low - band) collect(tile, i, m, p, n_columns, least, there, back);
                     }
                 }
             }
