@@ -1,18 +1,25 @@
 """Every merging method there is, in the order of the table: data-free, then by what it needs."""
 
+from bd_core.methods.ace import ace
 from bd_core.methods.adamerging import adamerging
 from bd_core.methods.averages import task_arithmetic, weight_average
+from bd_core.methods.bmm import bmm
 from bd_core.methods.dare import dare
 from bd_core.methods.doge import doge
+from bd_core.methods.iso_c import iso_c
+from bd_core.methods.lot import lot
 from bd_core.methods.model_stock import model_stock
 from bd_core.methods.pareto_map import pareto_map
 from bd_core.methods.pcb import pcb
 from bd_core.methods.registry import Method
+from bd_core.methods.regmean import regmean
 from bd_core.methods.robust_merge import robust_merge
 from bd_core.methods.surgery import surgery
 from bd_core.methods.ties import ties
+from bd_core.methods.tsv_m import tsv_m
 from bd_core.methods.twin_merging import twin_merging
 from bd_core.methods.wemoe import wemoe
+from bd_core.methods.wudi import wudi, wudi_exact
 from bd_core.methods.wemoe import wemoe
 
 __all__ = ["METHODS"]
@@ -46,6 +53,36 @@ METHODS: dict[str, Method] = {
             "one pass over the factors",
             "tensor",
             experts="adapters",
+        ),
+        Method(
+            "tsv_m", "TSV-M", tsv_m, "nothing", "Task Singular Vectors, CVPR 2025", "K + 2 SVDs a matrix", "matrices"
+        ),
+        Method("iso_c", "Iso-C", iso_c, "nothing", "No Task Left Behind, ICML 2025", "an SVD a matrix", "matrices"),
+        Method("wudi", "WUDI", wudi, "nothing", "WUDI-Merging, ICML 2025", "300 steps a matrix", "matrices"),
+        Method(
+            "wudi_exact", "WUDI exact", wudi_exact, "nothing", "ours, of WUDI's loss", "a solve a matrix", "matrices"
+        ),
+        Method("ace", "ACE-Merging", ace, "nothing", "ACE-Merging, arXiv 2603.02945", "a solve a matrix", "matrices"),
+        Method(
+            "regmean",
+            "RegMean",
+            regmean,
+            "unlabelled activations",
+            "RegMean, ICLR 2023",
+            "a solve a matrix",
+            "matrices",
+        ),
+        Method(
+            "lot", "LOT", lot, "unlabelled activations", "LOT Merging, NeurIPS 2025", "a solve a matrix", "matrices"
+        ),
+        Method(
+            "bmm",
+            "Bayesian Model Merging",
+            bmm,
+            "unlabelled activations",
+            "BMM, arXiv 2605.12843",
+            "the anchor's and a solve a matrix",
+            "matrices",
         ),
         Method(
             "adamerging",
