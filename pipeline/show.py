@@ -58,6 +58,7 @@ def show_plan(workflow: Workflow) -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     table.add_column("why", overflow="fold")
     waiting: list[str] = []
+    expected: list[str] = []
     for plan in walk(workflow.stages, store):
         name = plan.stage.name if isinstance(plan, StagePlan) else plan.name
         at_most = f"≈ {_or_unknown(_mib(told[name]), True)}".replace("≈ <", "<") if name in told else "?"
@@ -70,6 +71,8 @@ def show_plan(workflow: Workflow) -> None:
         needed = bool(plan.missing)
         if needed:
             waiting.append(name)
+            if facts := plan.stage.expect([each.unit for each in plan.missing]):
+                expected.append(f"{name} expects {', '.join(f'{key} {value}' for key, value in facts.items())}")
         table.add_row(
             name,
             str(len(plan.missing)),
@@ -80,6 +83,8 @@ def show_plan(workflow: Workflow) -> None:
             _reasons(plan, history),
         )
     CONSOLE.print(table)
+    for line in expected:
+        CONSOLE.print(line, markup=False, highlight=False)
     CONSOLE.print(
         "Seconds, disk and memory are those of earlier units of the stage in this store. Where there are none, ≈ is\n"
         "the most that the size of images and models can come to, and ? is not known before."

@@ -6,12 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.reporting.gallery import Gallery
-from pipeline.reporting.markup import Html, join, note
+from pipeline.reporting.markup import Html, join, note, tag
 from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.parts import Parts, numbers_of, read_table
 from pipeline.reporting.style import Theme, canvas, only_horizontal
 
 Degrees = np.ndarray[Any, np.dtype[np.int64]]
+HUB_SHARE = 0.01
 
 
 def read_degrees(parts: Parts) -> tuple[Degrees, str] | None:
@@ -26,7 +27,7 @@ def read_degrees(parts: Parts) -> tuple[Degrees, str] | None:
 
 
 def section(parts: Parts, gallery: Gallery, numbers: Numbers) -> Html:
-    """The degree distribution with its isolated share."""
+    """The degree distribution with its isolated share, the hubs, and how surely the edges are all there."""
     found = read_degrees(parts)
     if found is None or len(found[0]) == 0:
         return note("This run has no neighbourhoods, so no degrees can be shown.")
@@ -51,12 +52,55 @@ def section(parts: Parts, gallery: Gallery, numbers: Numbers) -> Html:
     )
     if len(linked) == 0:
         return join([note("Every sample is isolated: the radius is too small for any edge."), note(caption)])
-    return gallery.add(
-        "degree_distribution",
-        lambda theme: _draw(theme, degrees),
-        alt="Share of samples by number of neighbours",
-        caption=caption,
+    pictures = [
+        gallery.add(
+            "degree_distribution",
+            lambda theme: _draw(theme, degrees),
+            alt="Share of samples by number of neighbours",
+            caption=caption,
+        ),
+        gallery.add(
+            "hubs",
+            lambda theme: _draw_hubs(theme, degrees),
+            alt="Number of neighbours of each sample, by rank",
+            caption=_hubs(degrees, source, numbers),
+        ),
+    ]
+    return join([*pictures, tag("p", _search(parts, numbers), class_="small")])
+
+
+def _hubs(degrees: Degrees, source: str, numbers: Numbers) -> str:
+    """How much of the graph hangs on few samples."""
+    ranked = np.sort(degrees)[::-1]
+    n_top = max(1, round(HUB_SHARE * len(ranked)))
+    share = float(ranked[:n_top].sum() / ranked.sum())
+    numbers.add("degree.hub_edge_share", share, source)
+    return (
+        f"Hubs: the {n_top:,} samples with the most neighbours ({100 * HUB_SHARE:g} % of all) hold {100 * share:.1f} % "
+        f"of the edges; the largest is near {100 * ranked[0] / len(ranked):.1f} % of the pool. With equal degrees the "
+        "line would be level."
     )
+
+
+def _search(parts: Parts, numbers: Numbers) -> str:
+    """How the edges were found, and what that is known to have missed."""
+    joins, said = parts.units("edges"), []
+    metrics = [unit.report["metrics"] for unit in joins]
+    wanted, found = (sum(m.get(name, 0.0) for m in metrics) for name in ("recall_edges", "recall_found"))
+    if wanted:
+        numbers.add("edges.recall", found / wanted, parts.group("edges"))
+        said.append(
+            f"Edge recall {found / wanted:.4f}: of {wanted:,.0f} exact edges of a fixed sample of each of "
+            f"{len(joins):,} joins, {found:,.0f} were found."
+        )
+        if raised := sum(bool(unit.report["notes"].get("probes_raised")) for unit in joins):
+            said.append(f"In {raised:,} joins more lists had to be searched than the calibration sample needed.")
+    else:
+        said.append("Every pair was compared, so no edge is missing.")
+    if cut := sum(unit.report["metrics"].get("truncated", 0.0) for unit in parts.units("neighbours")):
+        numbers.add("edges.truncated", cut, parts.group("neighbours"))
+        said.append(f"The degree cap left {cut:,.0f} edges out.")
+    return " ".join(said)
 
 
 def degree_bins(largest: int) -> list[tuple[int, int]]:
@@ -81,5 +125,20 @@ def _draw(theme: Theme, degrees: Degrees) -> Figure:
     axes.set_xlabel("neighbours within the radius")
     axes.set_title("Share of samples (%) by number of neighbours")
     axes.margins(y=0.1)
+    only_horizontal(axes)
+    return figure
+
+
+def _draw_hubs(theme: Theme, degrees: Degrees) -> Figure:
+    ranked = np.sort(degrees[degrees > 0])[::-1]
+    shown = np.unique(np.geomspace(1, len(ranked), 400).astype(int))
+    figure = canvas(3.0)
+    axes = figure.subplots()
+    axes.plot(shown, ranked[shown - 1], color=theme.blue, linewidth=1.8)
+    axes.axhline(float(ranked.mean()), color=theme.muted, linewidth=1, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("samples, the one with the most neighbours first")
+    axes.set_title("Neighbours of each sample, by rank; dotted: their mean")
     only_horizontal(axes)
     return figure

@@ -39,15 +39,21 @@ def _radius(parts: Parts, numbers: Numbers) -> list[Row]:
     unit = parts.holding("radius", "radius.json")
     if unit is None:
         return []
-    data, where = read_json(unit.path / "radius.json"), reference(unit)
+    decided, where = read_json(unit.path / "radius.json"), reference(unit)
+    data = unit.report["metrics"] | decided
     rows: list[Row] = [("radius", str(data.get("mode", "–")), where)]
+    rows.append(("search for neighbours", str(data.get("backend", "–")), where))
     labels = {
         "min_cosine": "least cosine of an edge",
         "target_degree": "target degree",
         "isolated_share_sample": "isolated share, calibration sample",
+        "n_lists": "lists of the quantiser",
+        "n_probes": "lists searched for a sample, at least",
     }
     if data.get("mode") != "adaptive":
         del labels["target_degree"]
+    if not data.get("n_lists"):
+        del labels["n_lists"], labels["n_probes"]
     return rows + _known(data, labels, "radius", where, numbers)
 
 

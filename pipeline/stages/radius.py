@@ -51,7 +51,14 @@ class FixRadius(Stage):
         settings: dict[str, Any] = {"backend": choice.backend, "n_lists": choice.n_lists}
         if choice.n_lists:
             settings["min_edge_recall"] = spec.min_edge_recall
-        return [Unit("radius", inputs=calibration_units(pool.units, spec.calibration_rows), settings=settings)]
+        chosen = calibration_units(pool.units, spec.calibration_rows)
+        return [Unit("radius", inputs=chosen, settings=settings, payload=choice.reason)]
+
+    def expect(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Which back end was chosen, and why."""
+        settings = units[0].settings
+        lists = {"lists": settings["n_lists"]} if settings["n_lists"] else {}
+        return {"backend": settings["backend"], **lists, "because": units[0].payload}
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
         """Write `radius.json`, and `quantizer.faiss` for IVF; what was measured on the sample goes into the report."""

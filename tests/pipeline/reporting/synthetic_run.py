@@ -204,8 +204,10 @@ class Synthetic:
         return pa.table({"step": np.arange(steps), **columns})
 
     def _graph(self) -> None:
-        radius = {"mode": "global", "min_cosine": 0.8412, "isolated_share_sample": 0.0195}
-        self.add("radius", "radius", {"radius.json": radius})
+        radius = {"mode": "global", "min_cosine": 0.8412, "backend": "ivf", "n_lists": 64, "n_probes": 4}
+        self.add("radius", "radius", {"radius.json": radius}, metrics={"isolated_share_sample": 0.0195})
+        for join, (wanted, found) in {"shard-00000": (400, 398), "shard-00000--shard-00001": (100, 99)}.items():
+            self.add("edges", join, {}, metrics={"recall_edges": wanted, "recall_found": found})
         n = len(self.task)
         crowd = self.rng.lognormal(2.6, 1.2, n).astype(int).clip(0, 200)
         crowd[self.rng.random(n) < 0.05] = 0

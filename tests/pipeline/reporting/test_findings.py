@@ -1,6 +1,7 @@
 """What the report claims: the headline, the error bar and the diagnoses, each against a slow count."""
 
 import itertools
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import TASKS, Synthetic
 
+from pipeline.reporting.build import build_report
 from pipeline.reporting.graph import degree_bins, read_degrees
 from pipeline.reporting.headline import asides, certainty, headline, verdict
 from pipeline.reporting.pairs import classes_of_rows, read_same_class
@@ -108,6 +110,16 @@ def test_degrees_come_in_row_order_and_fall_back_to_the_scores(run: Synthetic) -
     fallback = read_degrees(Parts({"score": run.artefacts["score"]}))
     assert found is not None and fallback is not None
     assert found[0].tolist() == fallback[0].tolist() and len(found[0]) == len(run.ids)
+
+
+def test_edge_recall_and_hubs_are_told_and_recorded(run: Synthetic) -> None:
+    report = build_report(run.artefacts, {})
+    numbers = json.loads(report.json)["numbers"]
+    assert numbers["edges.recall"]["value"] == 497 / 500
+    assert "Edge recall 0.9940: of 500 exact edges of a fixed sample of each of 2 joins, 497 were found." in report.html
+    degrees = np.sort(np.asarray(read_degrees(Parts(run.artefacts))[0]))[::-1]  # type: ignore[index]
+    share = degrees[: round(len(degrees) / 100)].sum() / degrees.sum()
+    assert numbers["degree.hub_edge_share"]["value"] == pytest.approx(share)
 
 
 @given(st.integers(min_value=0, max_value=10**7))

@@ -14,8 +14,8 @@ from pipeline.store import Store
 
 FIGURES = {
     "accuracy_against_cost", "accuracy_by_level", "router_bd_layer", "router_bd_task", "router_twin_merging",
-    "degree_distribution", "pairs_same_class", "score_distributions", "reliability", "risk_coverage", "loss_curves",
-    "timing",
+    "degree_distribution", "hubs", "pairs_same_class", "score_distributions", "reliability", "risk_coverage",
+    "loss_curves", "timing",
 }  # fmt: skip
 
 
@@ -140,5 +140,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def _all_but(model: str) -> list[str]:
-    stages = ["shard", "embed", "base", "experts", "fit_head", "fit_router", "radius", "neighbours", "score", "pairs"]
+    stages = [
+        "shard",
+        "embed",
+        "base",
+        "experts",
+        "fit_head",
+        "fit_router",
+        "radius",
+        "edges",
+        "neighbours",
+        "score",
+        "pairs",
+    ]
     return [*stages, "baselines", "export", "threshold", "detect", *(name for name in TITLES if name != model)]
