@@ -20,7 +20,6 @@ from bd_core.methods.tsv_m import tsv_m
 from bd_core.methods.twin_merging import twin_merging
 from bd_core.methods.wemoe import wemoe
 from bd_core.methods.wudi import wudi, wudi_exact
-from bd_core.methods.wemoe import wemoe
 
 __all__ = ["METHODS"]
 
@@ -131,16 +130,6 @@ METHODS: dict[str, Method] = {
             "unlabelled batches",
             "WEMoE, ICML 2024",
             "1000 steps of every task's forward and backward, per sample",
-            "model",
-            "per sample",
-        ),
-        Method(
-            "wemoe",
-            "WEMoE",
-            wemoe,
-            "unlabelled batches",
-            "WEMoE, ICML 2024",
-            "1000 steps of the per-sample model's forward and backward",
             "model",
             "per sample",
         ),
