@@ -93,8 +93,10 @@ class Converter:
                 return MergedVisionTransformer(module, tensors)
             return MergedAttentionPool(module, tensors["positional_embedding"])
         has_children = next(module.children(), None) is not None
-        if own and not has_children:
+        if own and not has_children and type(module).__name__ not in MULTIPLIES_BY_ITS_OWN:
             raise NoBatchedForm(f"no batched form is known for a module that uses {', '.join(own)} itself")
+        if PROJECTIONS in own:  # no broadcasting: better this module alone than the whole model
+            raise NoBatchedForm(f"no batched form is known for a module that multiplies by {PROJECTIONS} itself")
         for name in own:
             self.injected.append(Injected(module, name, self.tensors[_join(path, name)]))
         self._convert_children(module, path)
@@ -142,7 +144,7 @@ class Converter:
 
 
 class Injected:
-    """A plain parameter of a module with children, set to every sample's own value for one forward pass.
+    """A plain parameter of a module with children, or a layer scale's, set to every sample's value for a forward pass.
 
     Models use such parameters by broadcasting against activations [B, ...], so the sample goes first: [1, T, D] and
     [T, D] become [B, T, D], [D] becomes [B, 1, D]. Whether the model does so is checked on the first batch.
@@ -223,6 +225,9 @@ NATIVE: dict[type[nn.Module], Build] = {
     nn.modules.batchnorm._BatchNorm: _batch_norm,
     nn.MultiheadAttention: _attention,
 }
+# Without children, their only parameter broadcast against activations: open_clip's and timm's.
+MULTIPLIES_BY_ITS_OWN = frozenset({"LayerScale"})
+PROJECTIONS = "in_proj_weight"  # of attention that is not torch's: open_clip's custom blocks
 # Subclasses that compute what their parent does, up to dtypes: open_clip's and timm's.
 SAME_AS_PARENT = frozenset({"LayerNorm", "LayerNormFp32", "NonDynamicallyQuantizableLinear"})
 

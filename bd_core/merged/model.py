@@ -69,7 +69,7 @@ class MergedModel(nn.Module):
         `max_distance` of mode "grouped" is the largest sum_k |w_bk - w_ck| over layer groups. `budget_bytes` bounds
         what a linear layer needs beyond its input, its parameters and its output, whatever the batch.
         `vectors_dtype` is the dtype in which dense task vectors of matrices and kernels are held (default: the base's):
-        bfloat16 halves their memory, rounds them once, and costs time on the CPU, whose kernel takes float32 only.
+        bfloat16 halves their memory and rounds them once; they are widened tile by tile.
         Raises ValueError naming the parameter if model, base and experts do not fit.
         """
         super().__init__()
@@ -152,6 +152,11 @@ class MergedModel(nn.Module):
             name: self.max_distance * float(t.vectors.flatten(1).float().norm(dim=1).max())
             for name, t in tensors.items()
         }
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Memory of one expert's task vectors as they are held: whole, rounded, or as factors."""
+        return sum(tensor.vectors_bytes for tensor in self.reference.merged().values()) // self.n_experts
 
     def _run_grouped(self, inputs: Sequence[Any], shared: dict[str, Any], weights_BGK: Tensor) -> Any:
         copies = shared_copies(weights_BGK, self.max_distance)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from bd_core.merged.exact import merged_linear
 from bd_core.merged.low_rank import low_rank_linear
 from bd_core.merged.routing import Routing
+from bd_core.merged.tiles import form_tile, tiles
 
 __all__ = ["LowRankTensor", "MergedTensor"]
 
@@ -43,6 +44,11 @@ class MergedTensor(nn.Module):
         """This parameter's routing weights, in its own dtype."""
         return self.routing.of(self.group, self.base.dtype)
 
+    @property
+    def vectors_bytes(self) -> int:
+        """Memory that this parameter's K task vectors take."""
+        return sum(b.numel() * b.element_size() for name, b in self.named_buffers() if name != "base")
+
     def forward(self) -> Float[Tensor, "B ..."]:
         """theta_0 + sum_k w_bk tau_k, one copy a sample: for parameters no larger than an activation."""
         if torch.is_autocast_enabled(self.base.device.type):  # a parameter is not rounded before it is used
@@ -65,7 +71,7 @@ class MergedTensor(nn.Module):
         """x_b W_b^T + bias_b, with those rows of the parameter (kernels flattened to a matrix)."""
         base_OI, vectors_KOI = self.base.flatten(1)[rows], self.vectors.flatten(2)[:, rows]
         at_once = self.routing.budget_bytes // max(1, base_OI.numel() * base_OI.element_size())
-        if self.routing.copies and at_once and vectors_KOI.dtype == base_OI.dtype:
+        if self.routing.copies and at_once:
             return _linear_of_copies(x_BTI, self.weights, self.routing.copies, base_OI, vectors_KOI, bias_BO, at_once)
         return merged_linear(x_BTI, self.weights, base_OI, vectors_KOI, bias_BO, self.routing.budget_bytes)
 
@@ -154,9 +160,19 @@ def _linear_of_copies(
     parts = []
     for some in (copies[start : start + at_once] for start in range(0, len(copies), at_once)):
         weights_CK = weights_BK[[part.start for part in some]]
-        copies_COI = base_OI.reshape(1, -1).addmm(weights_CK, vectors_KOI.flatten(1)).view(-1, *base_OI.shape)
+        copies_COI = _formed(weights_CK, base_OI, vectors_KOI)
         parts += [
             F.linear(x_BTI[part], own_OI, None if bias_BO is None else bias_BO[part.start])
             for part, own_OI in zip(some, copies_COI, strict=True)
         ]
     return torch.cat(parts)
+
+
+def _formed(weights_CK: Tensor, base_OI: Tensor, vectors_KOI: Tensor) -> Tensor:
+    """Whole merged matrices; task vectors of a smaller dtype are widened some rows at a time."""
+    if vectors_KOI.dtype == base_OI.dtype:
+        return form_tile(weights_CK, base_OI, vectors_KOI)
+    copies_COI = base_OI.new_empty(len(weights_CK), *base_OI.shape)
+    for rows, _ in tiles(1, len(base_OI), vectors_KOI[:, 0].numel() * base_OI.element_size()):
+        copies_COI[:, rows] = form_tile(weights_CK, base_OI[rows], vectors_KOI[:, rows])
+    return copies_COI

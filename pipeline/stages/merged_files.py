@@ -30,6 +30,7 @@ from pipeline.stages.task_vector_files import (
     DenseSpec,
     VectorsSpec,
     bytes_per_expert,
+    held_dtype,
     read_task_vectors,
     write_task_vectors,
 )
@@ -150,12 +151,19 @@ def open_directory(
     kept = recipe.get("vectors", {})
     vectors = read_task_vectors(directory, kept, base)
     merged = MergedModel(
-        backbone.visual, base, vectors, groups=recipe["group_of"], mode=mode, max_distance=max_distance
+        backbone.visual,
+        base,
+        vectors,
+        groups=recipe["group_of"],
+        mode=mode,
+        max_distance=max_distance,
+        vectors_dtype=held_dtype(kept),
     ).to(device)
     router = router_from(recipe["router"], load_file(directory / "router.safetensors")).to(device)
     # The pretrained tower runs too, for the router's tokens; where it is not the base, it is extra.
     n_all = n_base + _n_values(vectors) + sum(p.numel() for p in router.parameters())
     cost = _cost(n_base, n_all, dynamic=True) | {"bytes_per_expert": bytes_per_expert(directory, vectors.n_experts)}
+    cost["memory_bytes_per_expert"] = merged.bytes_per_expert
     cost |= {name: kept[name] for name in ("relative_error_mean", "relative_error_max") if name in kept}
     return _merged(recipe, Routed(backbone, merged, router), cost)
 

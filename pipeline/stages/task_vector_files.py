@@ -111,6 +111,11 @@ def read_task_vectors(
     return CompressedVectors(factors, dense, integers, shapes, dict(kept["relative_error"]))
 
 
+def held_dtype(kept: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype to hold whole task vectors in, MergedModel's `vectors_dtype`: as they are stored."""
+    return torch.bfloat16 if kept.get("dtype") == "bfloat16" else None
+
+
 def bytes_per_expert(directory: Path, n_experts: int) -> int:
     """Bytes on disk of the task vectors, by expert."""
     return (directory / VECTORS).stat().st_size // n_experts

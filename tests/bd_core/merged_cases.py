@@ -237,11 +237,12 @@ NATIVE: list[Case] = [
     attention,
     encoder_layer,
     open_clip_vit,
+    open_clip_vit_scaled,
     open_clip_resnet,
     hugging_face_clip,
     timm_vit,
 ]
-THROUGH_VMAP: list[Case] = [open_clip_vit_scaled, odd, tokens_first, tokens_first_square, tied, normed_odd]
+THROUGH_VMAP: list[Case] = [odd, tokens_first, tokens_first_square, tied, normed_odd]
 
 
 def experts_of(model: nn.Module, n_experts: int, scale: float = 0.3) -> tuple[State, list[State]]:
