@@ -14,7 +14,7 @@ from pipeline.stages.method_inputs import MethodInputs
 from pipeline.stages.method_list import BaselinesSpec, Entry, entry_of
 from pipeline.stages.model_card import write_model_card
 from pipeline.stages.models import Experts
-from pipeline.stages.search import pareto
+from pipeline.stages.search import bayesian, pareto
 from pipeline.stages.shard import of_split
 
 
@@ -56,7 +56,7 @@ class Baselines(Stage):
         experts = Experts.of(unit.inputs)
         report = StageReport(rows_in=experts.count, rows_out=experts.count)
         entry = entry_of(unit.id, self.spec.methods[unit.id])
-        recipe = recipe_of(unit, entry.title, entry.method.need)
+        recipe = recipe_of(unit, entry.title, entry.need)
         with MethodInputs(unit, experts, self.seed or 0) as inputs:
             job = Job(entry, unit, experts, inputs, recipe, out_dir, report, self.seed or 0)
             RUNNERS.get(entry.method.name, merge_state)(job)
@@ -87,4 +87,5 @@ RUNNERS: dict[str, Callable[[Job], None]] = {
     "twin_merging": twin,
     "wemoe": wemoe_gates,
     "map": pareto,
+    "bmm": bayesian,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from bd_core.methods import METHODS, Method
 from bd_core.methods.adamerging import check_settings as check_adamerging
 from bd_core.methods.pareto_map import check_settings as check_map
-from bd_core.methods.registry import DATA, check_parameters, find_method
+from bd_core.methods.registry import DATA, Need, check_parameters, find_method
 from bd_core.methods.surgery import check_settings as check_surgery
 from pipeline.config import Spec
 
@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "surgery": {"on": "task_arithmetic"},  # the row whose model is corrected
     "wemoe": {"steps": 1000, "learning_rate": 1e-4},  # of its gates; FusionBench's
     "map": {"trials": 1000},  # of NSGA-III, each one evaluation of the quadratics; ours
+    # Merges measured on validation images, none of them: the inner level alone. Data-free: no image for the rest.
+    "bmm": {"trials": 40, "data_free": False},
 }
 NAME = r"^(?!pretrained$|experts$|bd_)[a-z0-9][a-z0-9_]{0,40}$"
 # Of methods that begin with a fit.
@@ -53,13 +55,24 @@ class Entry:
         """The method's; where the entry has another name than its method, with what was set."""
         if self.name == self.method.name:
             return self.method.title
-        said = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        defaults = OPTIONS.get(self.method.name, {})
+        told = {name: value for name, value in self.options.items() if value != defaults[name]}
+        said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in {**self.parameters, **told}.items())
         return f"{self.method.title} ({said or self.name})"
+
+    @property
+    def need(self) -> Need:
+        """What it is told beside checkpoints, as configured."""
+        if self.method.name != "bmm":
+            return self.method.need
+        without_labels: Need = "nothing" if self.options["data_free"] else "unlabelled activations"
+        return "labelled validation" if self.options["trials"] else without_labels
 
     @property
     def data(self) -> frozenset[str]:
         """What it is given beside checkpoints, by the names of the function's arguments."""
-        return PROVIDED & {*self.method.required, *self.method.defaults}
+        given = PROVIDED & {*self.method.required, *self.method.defaults}
+        return given - {"grams"} if self.options.get("data_free") else given
 
     @property
     def uses_activations(self) -> bool:
@@ -69,12 +82,12 @@ class Entry:
     @property
     def uses_labels(self) -> bool:
         """Whether it wants labelled validation images."""
-        return self.method.need == "labelled validation"
+        return self.need == "labelled validation"
 
     @property
     def uses_images(self) -> bool:
         """Whether it wants the auxiliary images or their tokens."""
-        return self.uses_labels or self.method.need in ("unlabelled batches", "task labels")
+        return self.need in ("unlabelled batches", "task labels", "labelled validation")
 
     @property
     def per_sample(self) -> bool:
@@ -140,14 +153,18 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {entry.method.name} merges LoRA {entry.method.experts}, and a run's experts are whole "
             "checkpoints; merge adapters with `bd-merge merge`"
         )
-    if taken := sorted(entry.data & entry.parameters.keys()):
+    if taken := sorted(PROVIDED & entry.parameters.keys()):
         raise ValueError(f"{name}: {', '.join(taken)} of {entry.method.name} comes from the run's data; leave it out")
     for key, default in OPTIONS.get(entry.method.name, {}).items():
         value = entry.options[key]
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             raise ValueError(f"{name}: {key}={value!r} must be of type {type(default).__name__}, such as {default!r}")
-        if not isinstance(value, str) and value <= 0:
+        if not isinstance(value, str | bool) and (value < 0 or (value == 0 and entry.method.name != "bmm")):
             raise ValueError(f"{name}: {key}={value!r} must be above 0")
+    if entry.options.get("trials") and (searched := sorted({"log10_lambda", "scale"} & entry.parameters.keys())):
+        raise ValueError(
+            f"{name}: {', '.join(searched)} are searched in {entry.options['trials']} trials; set trials: 0"
+        )
     check_parameters(entry.method, {**dict.fromkeys(entry.data), **entry.parameters})
     # `1` means `1.0` where a number with a fraction is asked for, and counts as the same.
     exact = {

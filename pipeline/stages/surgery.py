@@ -54,7 +54,7 @@ class Surgery(Stage):
         entry = entry_of(unit.id, self.spec.methods[unit.id])
         beneath = read_recipe(on.path)
         needs: tuple[str, ...] = get_args(Need)  # rising: what lies beneath may have been told more
-        need = max(entry.method.need, beneath["need"], key=needs.index)
+        need = max(entry.need, beneath["need"], key=needs.index)
         recipe = recipe_of(unit, f"{beneath['title']} + Surgery", need)
         with MethodInputs(unit, experts, self.seed or 0) as inputs, watched(report, "forward_backward"):
             found = entry.method.function(
