@@ -32,8 +32,8 @@ $(VENV)/.done: requirements.lock requirements-torch.lock pyproject.toml
 demo: setup ## run the main job: train small experts, merge them, compare, report
 	$(BIN)/bd-merge run configs/demo.yaml $(ARGS)
 
-test: setup ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## the whole test suite, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: setup ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
