@@ -32,8 +32,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", "
 class Output:
     """The files of one merged model, in the base's own names, under a hidden name until `commit`.
 
-    `write` takes tensors in any order and returns at once; a thread hashes and writes them. Leaving the `with` block
-    without `commit` removes all that was written.
+    `open` makes them; `write` takes tensors in any order and returns at once, a thread hashes and writes them; `close`
+    without `commit` removes all of it.
     """
 
     def __init__(self, target: Path, base: Checkpoint, metadata: Mapping[str, str]) -> None:
@@ -49,21 +49,23 @@ class Output:
         self._pool = ThreadPoolExecutor(1, "write")
         self._waiting: list[Future[None]] = []
         self._committed = False
+        self._metadata = metadata
+
+    def open(self) -> None:
+        """Make the hidden files, with room for all values."""
         try:
-            self._create(metadata)
+            self._create(self._metadata)
         except OSError as error:
-            self.__exit__()
             raise ConfigError(
-                f"output {target} cannot be written ({error.strerror or error}); choose another"
+                f"output {self.target} cannot be written ({error.strerror or error}); choose another"
             ) from None
 
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the writing; what is not committed is removed. To be called whatever happened since the constructor."""
         self._pool.shutdown(cancel_futures=True)
         for writer in self._writers.values():
             writer.close()
+        _remove(self._hidden.with_suffix(".manifest"))
         if not self._committed:
             _remove(self._hidden)
 
@@ -99,6 +101,9 @@ class Output:
     def commit(self, manifest: str) -> Path:
         """Put the output into its place by one rename, then the manifest beside it; return the manifest's path."""
         beside = self.target.with_name(self.target.name + MANIFEST_SUFFIX)
+        hidden = self._hidden.with_suffix(".manifest")
+        hidden.write_text(manifest, encoding="utf-8")
+        _flush(hidden)
         replaced = None
         beside.unlink(missing_ok=True)  # a model without a manifest, never one with another's
         if self._folder and self.target.is_dir():
@@ -106,12 +111,9 @@ class Output:
             self.target.rename(replaced)
         self._hidden.replace(self.target)
         self._committed = True
+        hidden.replace(beside)
         if replaced is not None:
             _remove(replaced)
-        hidden = self._hidden.with_suffix(".manifest")
-        hidden.write_text(manifest, encoding="utf-8")
-        _flush(hidden)
-        hidden.replace(beside)
         _flush(self.target.parent)
         return beside
 

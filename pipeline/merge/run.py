@@ -57,12 +57,10 @@ def merge_files(spec: MergeSpec, *, force: bool = False) -> Done:
     # Chunks are worked on at the rate of memory: half the cores merge, while the others hash and write.
     cores = os.cpu_count() or 1
     merging = max(1, cores // 2) if plan.method.memory == "chunk" else cores
+    output = Output(spec.output, plan.inputs.base, note(plan))
     try:
-        with (
-            threads(merging),
-            Hashing(files, cores) as hashing,
-            Output(spec.output, plan.inputs.base, note(plan)) as output,
-        ):
+        with threads(merging), Hashing(files, cores) as hashing:
+            output.open()
             for name, value in _named_faults(_tensors(plan, counts), plan, needed):
                 output.write(name, value)
                 progress.step(name, value.numel() * value.element_size())
@@ -81,6 +79,7 @@ def merge_files(spec: MergeSpec, *, force: bool = False) -> Done:
             f"output {spec.output}: {error.strerror or error}; nothing was left behind, make room or choose another"
         ) from None
     finally:
+        output.close()
         progress.clear()
     for warning in manifest["warnings"][len(plan.inputs.warnings) :]:
         logs.fact(f"warning: {warning}", level=30)

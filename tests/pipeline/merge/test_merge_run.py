@@ -25,7 +25,10 @@ STATIC = [name for name, method in METHODS.items() if method.from_files and meth
 @pytest.mark.parametrize("method", STATIC)
 def test_every_file_method_gives_what_it_gives_in_memory(models: Models, method: str) -> None:
     run(models, method=method)
-    assert_same(out(models), merge(method, models.base, models.experts))
+    # In the order of names, as files are merged: random methods draw by it.
+    base = {name: models.base[name] for name in sorted(models.base) if models.base[name].is_floating_point()}
+    experts = [{name: expert[name] for name in base} for expert in models.experts]
+    assert_same(out(models), models.base | merge(method, base, experts))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -217,3 +220,11 @@ def test_the_working_set_does_not_grow_with_the_model_and_little_with_experts(mo
     assert needed(32) - needed(2) < 4 * 31 * 2 * 300 * 300 * 4
     assert needed(8) < 3 * model + (32 << 20)
     assert needed(2, output=models.folder / "o.pt") - needed(2) == model
+
+
+def test_random_methods_draw_alike_whatever_the_files_are(models: Models) -> None:
+    run(models, method="dare")
+    once = out(models)
+    torch.save(dict(reversed(models.base.items())), models.folder / "base.pt")
+    run(models, method="dare", base=models.folder / "base.pt", force=True)
+    assert_same(out(models), once)
