@@ -23,7 +23,7 @@ def forecast_bytes(workflow: Workflow) -> dict[str, float]:
     model = model_header(config.models.model)
     full, tower = _size(model), _size({name: value for name, value in model.items() if name.startswith("visual.")})
     n_tasks = len(sources)
-    n_routed = sum(entry.per_sample and "on" not in entry.options for entry in config.baselines.entries())
+    n_routed = sum(entry.per_sample and "after" not in entry.options for entry in config.baselines.entries())
     routed_size = (2 + n_tasks) * tower
     known: dict[str, float | None] = {
         "shard": _total([source.size_bytes() for source in sources]),

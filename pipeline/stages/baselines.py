@@ -35,7 +35,7 @@ class Baselines(Stage):
         """One unit a method, those that learn first since they take longest; each with what it needs and no more."""
         train = of_split(inputs["shard"], "train")
         units = []
-        entries = [entry for entry in self.spec.entries() if "on" not in entry.options]
+        entries = [entry for entry in self.spec.entries() if "after" not in entry.options]
         for entry in sorted(entries, key=lambda entry: not entry.learns):
             settings = settings_of(entry, self.seed or 0)
             given = [*inputs["base"], *inputs["experts"]]

@@ -26,7 +26,7 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
 # What a runner provides beside what a need is met with; and what it is told itself, with the default.
 PROVIDED = DATA | {"features", "merged", "search"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "surgery": {"on": "task_arithmetic"},  # the row whose model is corrected
+    "surgery": {"after": "task_arithmetic"},  # the row whose model is corrected
     "wemoe": {"steps": 1000, "learning_rate": 1e-4},  # of its gates; FusionBench's
     "map": {"trials": 1000},  # of NSGA-III, each one evaluation of the quadratics; ours
     # Merges measured on validation images, none of them: the inner level alone. Data-free: no image for the rest.
@@ -118,11 +118,11 @@ class BaselinesSpec(Spec):
         checked = {name: _checked(name, given) for name, given in methods.items()}
         entries = {name: entry_of(name, given) for name, given in checked.items()}
         for name, entry in entries.items():
-            on = entry.options.get("on")
-            usable = [other for other, e in entries.items() if not e.per_sample and "on" not in e.options]
-            if on is not None and on not in usable:
+            after = entry.options.get("after")
+            usable = [other for other, e in entries.items() if not e.per_sample and "after" not in e.options]
+            if after is not None and after not in usable:
                 raise ValueError(
-                    f"{name}: `on: {on}` is no row of baselines.methods that gives one model; take one of "
+                    f"{name}: `after: {after}` is no row of baselines.methods that gives one model; take one of "
                     f"{', '.join(usable) or 'them, such as task_arithmetic, and add it'}"
                 )
         return checked

@@ -20,7 +20,7 @@ from pipeline.training.history import write_history
 
 
 class Surgery(Stage):
-    """Makes one artefact for each configured row of Representation Surgery, on the row it is `on`."""
+    """Makes one artefact for each configured row of Representation Surgery, after the row it names."""
 
     name: ClassVar[str] = "surgery"
     version: ClassVar[int] = 1
@@ -39,12 +39,12 @@ class Surgery(Stage):
         return [
             Unit(
                 entry.name,
-                (*inputs["base"], *inputs["experts"], *inputs["embed"], made[entry.options["on"]]),
+                (*inputs["base"], *inputs["experts"], *inputs["embed"], made[entry.options["after"]]),
                 settings_of(entry, self.seed or 0) | {"batch_per_task": self.spec.batch_per_task},
                 payload=train,
             )
             for entry in self.spec.entries()
-            if "on" in entry.options
+            if "after" in entry.options
         ]
 
     def process(self, unit: Unit, out_dir: Path) -> StageReport:
