@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bd_core.merged.cost import CPU, CUDA, stacked_is_cheaper
+from bd_core.merged.cost import CPU, CUDA, Call, stacked_is_cheaper
 from bd_core.merged.gpu import triton_fits
 from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward
 from bd_core.merged.origin import Origin, origin_of
@@ -40,8 +40,10 @@ def merged_linear(
     Under autocast x is cast as for any product, while tiles are merged in the parameters' dtype and rounded after.
     """
     costs = CUDA if x_BTI.is_cuda else CPU
-    if vectors_KOI.dtype == base_OI.dtype and stacked_is_cheaper(x_BTI.shape[1], len(vectors_KOI), costs):
-        a_sample = x_BTI.shape[1] * vectors_KOI.shape[0] * vectors_KOI.shape[1] * x_BTI.element_size()
+    (n_samples, n_tokens, n_inputs), (n_experts, n_outputs, _) = x_BTI.shape, vectors_KOI.shape
+    call = Call(n_samples, n_tokens, n_experts, n_outputs, n_inputs, base_OI.element_size())
+    if vectors_KOI.dtype == base_OI.dtype and stacked_is_cheaper(call, costs):
+        a_sample = n_tokens * n_experts * n_outputs * x_BTI.element_size()
         if a_sample <= budget_bytes:
             return _stacked(x_BTI, weights_BK, base_OI, vectors_KOI, bias_BO, max(1, budget_bytes // max(1, a_sample)))
     device = x_BTI.device.type

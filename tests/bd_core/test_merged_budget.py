@@ -1,5 +1,7 @@
 """Exact forms and their choice: the same result whichever runs, and no more working memory than was granted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,7 @@ from merged_cases import Case, conv_net, experts_of, mlp, odd, open_clip_vit, to
 from torch import Tensor, nn
 
 from bd_core.merged import MergedModel, exact
-from bd_core.merged.cost import CPU, CUDA, Costs, stacked_is_cheaper
+from bd_core.merged.cost import CPU, Call, Costs, stacked_is_cheaper
 from bd_core.merged.exact import merged_linear
 from bd_core.task_vectors import TaskVectors, task_vectors
 
@@ -58,13 +60,39 @@ def test_stacked_products_never_outgrow_the_budget(monkeypatch: pytest.MonkeyPat
     assert seen == [2 * a_sample] * 3 + [a_sample]
 
 
-@given(tokens=st.integers(1, 300), experts=st.integers(1, 40))
-def test_stacking_is_for_few_tokens(tokens: int, experts: int) -> None:
-    for costs in (CPU, CUDA, Costs(form=1.0, multiply=1.0, stacked=1.0)):
-        if not stacked_is_cheaper(tokens, experts, costs):
-            assert not stacked_is_cheaper(tokens + 1, experts, costs)
-    assert stacked_is_cheaper(1, experts, CPU), "one token a sample never pays for a matrix of its own"
-    assert not stacked_is_cheaper(50, experts, CPU)
+@given(
+    samples=st.integers(1, 300),
+    tokens=st.integers(3, 300),
+    experts=st.integers(2, 40),
+    outputs=st.integers(1, 4096),
+    inputs=st.integers(1, 4096),
+)
+def test_stacking_is_for_one_or_two_tokens(samples: int, tokens: int, experts: int, outputs: int, inputs: int) -> None:
+    assert not stacked_is_cheaper(Call(samples, tokens, experts, outputs, inputs), CPU)
+
+
+def test_the_form_follows_tokens_experts_shape_and_batch() -> None:
+    tower = Call(n_samples=64, n_tokens=1, n_experts=8, n_outputs=512, n_inputs=768)
+    assert stacked_is_cheaper(tower, CPU), "one token of many samples does not pay for a matrix a sample"
+    assert not stacked_is_cheaper(replace(tower, n_tokens=50), CPU)
+    assert not stacked_is_cheaper(replace(tower, n_samples=1), CPU), "both read every matrix once; tiles take one call"
+    assert not stacked_is_cheaper(replace(tower, n_outputs=8, n_inputs=8), CPU), "small matrices: the calls decide"
+    assert not stacked_is_cheaper(replace(tower, n_inputs=1), CPU), "what is written weighs more than the products"
+    free = Costs(form=1.0, multiply=1.0, stacked=1.0, read=0.0, call_tiles=0.0, call_stacked=0.0)
+    for experts in (1, 2, 8):  # (1 + K) T < K + T exactly where T < 1 + 1 / K
+        assert not stacked_is_cheaper(replace(tower, n_tokens=2, n_experts=experts), free)
+
+
+def test_a_sample_is_the_same_in_batches_that_take_different_forms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((64, 1, 768), (64, 8), (512, 768), (8, 512, 768), (64, 512))
+    x, w, base, vectors, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    w = torch.softmax(w, -1)
+    calls = [Call(n_samples, 1, 8, 512, 768) for n_samples in (1, 64)]
+    assert [stacked_is_cheaper(call, CPU) for call in calls] == [False, True]
+    together = merged_linear(x, w, base, vectors, bias)
+    alone = torch.cat([merged_linear(x[b : b + 1], w[b : b + 1], base, vectors, bias[b : b + 1]) for b in range(8)])
+    assert float((alone - together[:8]).norm() / together[:8].norm()) <= 1e-6
 
 
 def test_groups_of_a_small_budget_are_those_of_a_large_one() -> None:
@@ -112,6 +140,12 @@ def test_task_vectors_held_in_bfloat16_are_those_rounded_once(case: Case) -> Non
         for m in (held, exact_)
     ]
     assert sizes[0] < 0.8 * sizes[1]  # biases are a large part of models this small
+    assert [m.bytes_per_expert for m in (held, exact_)] == [size // 3 for size in sizes]
+    shared = MergedModel(model, base, experts, mode="grouped", vectors_dtype=torch.bfloat16)
+    equal = weights[:1].detach().expand(4 * len(inputs), -1)
+    with torch.no_grad():
+        x = inputs.repeat(4, *(1,) * (inputs.ndim - 1))
+        torch.testing.assert_close(shared(x, weights=equal), exact_(x, weights=equal), rtol=1e-4, atol=1e-4)
 
 
 def test_task_vectors_in_whole_numbers_are_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bd_core.merged import exact
 from bd_core.merged.exact import merged_linear
-from bd_core.merged.kernel import kernel_name
+from bd_core.merged.kernel import kernel_backward, kernel_fits, kernel_forward, kernel_name
 
 SHAPES = [
     (1, 2, 1, 1, 1),
@@ -86,8 +86,37 @@ def test_a_sample_is_bitwise_the_same_in_any_batch_and_on_any_number_of_threads(
     finally:
         torch.set_num_threads(before)
     for b in (0, 63, 64, 69):
-        alone = merged_linear(*(t[b : b + 1] for t in (x, w)), base, vectors, bias[b : b + 1])
-        assert torch.equal(alone[0], together[b])
+        for few in (1, 2, 3, 4):  # few samples take a way of their own
+            some = slice(b, b + few)
+            alone = merged_linear(x[some], w[some], base, vectors, bias[some])
+            assert torch.equal(alone, together[some])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_to_activations_is_bitwise_that_of_any_batch(dtype: torch.dtype) -> None:
+    x, w, base, vectors, _ = operands(9, 13, 100, 90, 3)
+    dy, vectors = torch.randn(9, 13, 90, generator=torch.Generator().manual_seed(0)), vectors.to(dtype)
+    together, weights = kernel_backward(x, w, base, vectors, dy, True, True)
+    for few in (1, 2, 3, 4, 5):
+        dx, dw = kernel_backward(x[:few], w[:few], base, vectors, dy[:few], True, True)
+        assert torch.equal(dx, together[:few])
+        torch.testing.assert_close(dw, weights[:few], rtol=1e-4, atol=1e-3)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_task_vectors_in_bfloat16_are_widened_as_they_are_read(shape: tuple[int, ...]) -> None:
+    x, w, base, vectors, bias = operands(*shape)
+    rounded = vectors.bfloat16()
+    assert kernel_fits(x, base, rounded)
+    found = []
+    for held in (rounded, rounded.float()):
+        y = kernel_forward(x, w, base, held, bias)
+        found.append((y, *kernel_backward(x, w, base, held, y, True, True)))
+    for mine, wanted in zip(*(each[:2] for each in found), strict=True):
+        assert torch.equal(mine, wanted)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5, atol=1e-5 * float(found[1][2].abs().max()))
 
 
 @needs_kernel
