@@ -25,7 +25,6 @@ from bd_core.methods.stream import (
     same_shape,
     unmerged,
 )
-from bd_core.task_vectors import widened
 
 __all__ = ["EPSILON", "ace"]
 
@@ -70,8 +69,8 @@ def ace(
     zero task vectors count neither in gamma nor under the gate, rank is that of rounding. No matrix: mean of D_k.
     LoRA experts that share a factor have covariances of its rank: epsilon alone makes them regular. Where the inverse
     is still what speaks, the step over 10 times all task vectors together, a ValueError names the matrix.
-    Cost: a Gram matrix of the stacked task vectors and one LU solve in float64 a matrix, an SVD more under the gate;
-    experts read twice; two [I, I] matrices in float64 and six buffers of the layers' size, however many experts.
+    Cost: a Gram matrix of the stacked task vectors and one LU solve a matrix, an SVD more under the gate; experts are
+    read twice; two [I, I] matrices and seven buffers of the layers' size in float64, however many experts.
     """
     if variant not in EPSILON:
         raise ValueError(f"ace: variant={variant!r} must be one of {', '.join(EPSILON)}")
@@ -99,47 +98,51 @@ def _steps(
 ) -> Float[Tensor, "B O I"]:
     """Merged weight minus theta_0, of these layers."""
     norms_KB = torch.stack(
-        [torch.linalg.vector_norm(vectors, dim=(1, 2)) for vectors in expert_layers(base, experts, names)]
+        [torch.linalg.vector_norm(vectors, dim=(1, 2)).double() for vectors in expert_layers(base, experts, names)]
     )
     gated_B = _heterogeneity(norms_KB) > settings.gate
-    origin_BOI = torch.stack([widened(base[name]) for name in names])
-    covariance_BII = origin_BOI.new_zeros((len(names), origin_BOI.shape[2], origin_BOI.shape[2]))
+    # In float64 throughout: epsilon is small beside the covariances, and what it divides must not be their rounding.
+    origin_BOI = torch.stack([base[name].detach().double() for name in names])
+    system_BII = origin_BOI.new_zeros((len(names), origin_BOI.shape[2], origin_BOI.shape[2]))
     product_BOI, lifted_BOI, sum_BOI = (torch.zeros_like(origin_BOI) for _ in range(3))
     ridge_B = torch.zeros_like(norms_KB[0])
     for vectors_BOI in expert_layers(base, experts, names):
-        centred_BOI = vectors_BOI - vectors_BOI.mean(1, keepdim=True)
-        weight_BOI = origin_BOI + vectors_BOI if settings.variant == "paper" else centred_BOI
+        centred_BOI = vectors_BOI.double()
+        weight_BOI = origin_BOI + centred_BOI
+        centred_BOI = centred_BOI - centred_BOI.mean(1, keepdim=True)
+        if settings.variant == "released":
+            weight_BOI = centred_BOI
         trace_B = centred_BOI.square().sum((1, 2))
         # Under the gate all is per unit of trace: an expert without a trace has no say there.
         scale_B = torch.where(gated_B, torch.where(trace_B > 0, 1 / trace_B, 0.0), 1.0)
-        own_ridge_B = settings.epsilon * scale_B
-        ridge_B += own_ridge_B
+        ridge_B += settings.epsilon * scale_B
         sum_BOI += weight_BOI
-        lifted_BOI += own_ridge_B[:, None, None] * weight_BOI
-        add_gram(covariance_BII, product_BOI, weight_BOI, centred_BOI * scale_B.sqrt()[:, None, None])
-    system_BII = covariance_BII.double() + covariance_BII.double().mean(1, keepdim=True)
-    system_BII.diagonal(dim1=1, dim2=2).add_(ridge_B.double()[:, None])
-    solved_BOI = torch.linalg.solve(system_BII, (product_BOI + lifted_BOI).double(), left=False).to(origin_BOI)
+        lifted_BOI += (settings.epsilon * scale_B)[:, None, None] * weight_BOI
+        add_gram(system_BII, product_BOI, weight_BOI, centred_BOI * scale_B.sqrt()[:, None, None])
+    # sum_k W_k (S_k - mean S), before the prior joins the covariances.
+    residual_BOI = product_BOI - sum_BOI @ system_BII / len(experts) if bool(gated_B.any()) else sum_BOI
+    system_BII += system_BII.mean(1, keepdim=True)
+    system_BII.diagonal(dim1=1, dim2=2).add_(ridge_B[:, None])
+    solved_BOI: Tensor = torch.linalg.solve(system_BII, product_BOI.add_(lifted_BOI), left=False)
     for b in torch.nonzero(gated_B).flatten().tolist():
-        residual_OI = product_BOI[b] - sum_BOI[b] @ (covariance_BII[b] / len(experts))
-        solved_BOI[b] += _isotropic(residual_OI + solved_BOI[b], settings.rank_share)
-    steps_BOI: Tensor = solved_BOI - origin_BOI if settings.variant == "paper" else solved_BOI
+        solved_BOI[b] += _isotropic(residual_BOI[b] + solved_BOI[b], settings.rank_share)
     reach_B = norms_KB.sum(0)
     if settings.variant == "paper":
+        solved_BOI -= origin_BOI
         reach_B = reach_B + torch.linalg.vector_norm(origin_BOI, dim=(1, 2))
-    _check_growth(names, torch.linalg.vector_norm(steps_BOI, dim=(1, 2)), reach_B, settings)
-    return steps_BOI
+    _check_growth(names, torch.linalg.vector_norm(solved_BOI, dim=(1, 2)), reach_B, settings)
+    return solved_BOI
 
 
 def _heterogeneity(norms_KB: Float[Tensor, "K B"]) -> Float[Tensor, " B"]:
     """gamma = Var_k[log |D_k|^2] / (mean_k log |D_k|^2)^2 over the experts that changed the matrix; 0 without any."""
-    logs_KB = norms_KB.double().square().log()
+    logs_KB = norms_KB.square().log()
     used_KB = norms_KB > 0
     logs_KB = torch.where(used_KB, logs_KB, 0.0)
     count_B = used_KB.sum(0).clamp_min(1)
     mean_B = logs_KB.sum(0) / count_B
     variance_B = (torch.where(used_KB, logs_KB - mean_B, 0.0).square().sum(0)) / count_B
-    return torch.where(variance_B > 0, variance_B / mean_B.square(), 0.0).to(norms_KB)
+    return torch.where(variance_B > 0, variance_B / mean_B.square(), 0.0)
 
 
 def _isotropic(matrix_OI: Float[Tensor, "O I"], rank_share: float) -> Float[Tensor, "O I"]:
