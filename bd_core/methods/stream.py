@@ -38,7 +38,8 @@ StateDict = Mapping[str, Tensor]
 Merged = Iterator[tuple[str, Tensor]]
 Chunk = tuple[str, int, Tensor]
 
-CHUNK = 2**17  # entries worked on at once: K copies of them stay in a core's cache
+CHUNK = 2**17  # entries of a tensor worked on at once, at most
+CACHED = 2**19  # entries of a chunk's task vectors together, which stay in a core's cache whatever K
 BATCH_BYTES = 256 << 20  # task vectors of equal-shaped matrices taken together
 # Two-dimensional parameters that multiply no activation: tables of embeddings.
 EMBEDDINGS = (r"embedding", r"\bembed", r"\bwte\b", r"\bwpe\b", r"pos_embed", r"relative_position_bias_table")
@@ -91,28 +92,34 @@ def finish(origin: Tensor, step: Tensor) -> Tensor:
     return (widened(origin) + step).to(origin.dtype)
 
 
-def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Iterator[Chunk]:
+def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str], stride: int = 1) -> Iterator[Chunk]:
     """(name, first entry, task vectors [K, n]) of every flattened tensor, at most CHUNK entries at a time.
 
-    One buffer serves all chunks: a chunk is the reader's to change, and gone when the next one is asked for.
+    One buffer serves all chunks: a chunk is the reader's to change, and gone when the next one is asked for. With a
+    `stride`, every stride-th entry of all tensors put end to end; a chunk's first entry then counts those.
     """
     buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    length = min(CHUNK, max(CACHED // len(experts), 2**12))
+    passed = 0
     for name in names:
         flat_base = base[name].detach().reshape(-1)
         flat_experts = [expert[name].detach().reshape(-1) for expert in experts]
+        if stride > 1:
+            first, passed = -passed % stride, passed + len(flat_base)
+            flat_base, *flat_experts = (flat[first::stride] for flat in (flat_base, *flat_experts))
         wide = torch.promote_types(flat_base.dtype, torch.float32)
         buffer = buffers.get((wide, flat_base.device))
         if buffer is None:
-            buffer = torch.empty((len(experts), CHUNK), dtype=wide, device=flat_base.device)
+            buffer = torch.empty(len(experts) * length, dtype=wide, device=flat_base.device)
             buffers[wide, flat_base.device] = buffer
-        for start in range(0, len(flat_base), CHUNK):
-            origin = flat_base[start : start + CHUNK].to(wide)
-            vectors_Kn = buffer[:, : len(origin)]
+        for start in range(0, len(flat_base), length):
+            origin = flat_base[start : start + length].to(wide)
+            vectors_Kn = buffer[: len(experts) * len(origin)].view(len(experts), -1)
             for k, flat in enumerate(flat_experts):
                 if flat.dtype == wide:
-                    torch.sub(flat[start : start + CHUNK], origin, out=vectors_Kn[k])
+                    torch.sub(flat[start : start + length], origin, out=vectors_Kn[k])
                 else:
-                    vectors_Kn[k].copy_(flat[start : start + CHUNK]).sub_(origin)
+                    vectors_Kn[k].copy_(flat[start : start + length]).sub_(origin)
             if not _finite(vectors_Kn):
                 _name_nonfinite(name, base, experts)
             yield name, start, vectors_Kn

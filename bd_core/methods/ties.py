@@ -41,8 +41,8 @@ def ties(
     3. Disjoint merge: the sum (`merge="sum"`) or mean (`"mean"`) of the non-zero entries that agree with that sign.
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023. `keep` 0.2 is theirs; the released vision code sums, with 0.3.
-    Cost: three passes over the tensors, a fourth if entries cancel exactly; beside in- and output a chunk of task
-    vectors and about K N / 100 entries to find the thresholds in.
+    Cost: two passes over the tensors and a sample, a third if entries cancel exactly; beside in- and output a chunk of
+    task vectors and about K N / 100 entries to find the thresholds in.
     """
     check_keep("ties", keep)
     if not math.isfinite(scale):
@@ -71,11 +71,14 @@ class Trimmed:
         self.base, self.experts, self.keep, self.trim = base, experts, keep, trim
         self.names = merged_names(base)
         self._of_tensor: tuple[str, Tensor] | None = None
+        self._below: dict[tuple[str, torch.dtype], list[float]] = {}
 
     def apply(self, vectors_Kn: Float[Tensor, "K n"], name: str) -> Float[Tensor, "K n"]:
         """The chunk with everything below its expert's threshold set to zero, in place."""
-        bound_K1 = self._thresholds(name)[:, None].to(vectors_Kn)
-        return vectors_Kn.mul_(vectors_Kn.abs() >= bound_K1)
+        # Of all ways to do this the one that makes no boolean tensor is four times as fast: it keeps |x| > bound.
+        for row_n, below in zip(vectors_Kn, self._just_below(name, vectors_Kn.dtype), strict=True):
+            torch.hardshrink(row_n, below, out=row_n)
+        return vectors_Kn
 
     @cached_property
     def majority_sign(self) -> float:
@@ -86,6 +89,14 @@ class Trimmed:
         for name, _, vectors_Kn in chunks(self.base, self.experts, self.names):
             balance += float(torch.sign(self.apply(vectors_Kn, name).sum(0)).sum(dtype=torch.float64))
         return -1.0 if balance < 0 else 1.0
+
+    def _just_below(self, name: str, dtype: torch.dtype) -> list[float]:
+        """The largest number below each threshold."""
+        key = ("" if self.trim == "global" else name, dtype)
+        if key not in self._below:
+            bound_K = self._thresholds(name).to(dtype)
+            self._below = {key: torch.nextafter(bound_K, torch.full_like(bound_K, -torch.inf)).tolist()}
+        return self._below[key]
 
     def _thresholds(self, name: str) -> Tensor:
         if self.trim == "global":
@@ -103,14 +114,14 @@ class Trimmed:
         size = sum(self.base[name].numel() for name in names)
         kept = max(at_least, int(size * self.keep))
 
-        def magnitudes() -> Iterator[Tensor]:
-            return (vectors_Kn.abs_() for _, _, vectors_Kn in chunks(self.base, self.experts, names))
+        def magnitudes(stride: int) -> Iterator[Tensor]:
+            return (vectors_Kn.abs_() for _, _, vectors_Kn in chunks(self.base, self.experts, names, stride))
 
         # Global, as the paper's code: the (n - int(keep n))-th smallest magnitude is the last one kept.
         rank = size - kept + (self.trim == "per_tensor")
         if rank < 1 or not names:
             return torch.zeros(len(self.experts))
-        return kth_smallest_rows(magnitudes, [rank] * len(self.experts))
+        return kth_smallest_rows(lambda: magnitudes(1), [rank] * len(self.experts), thinned=(magnitudes, size))
 
 
 def check_keep(place: str, keep: float) -> None:
@@ -121,18 +132,30 @@ def check_keep(place: str, keep: float) -> None:
 
 def agreeing(trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed) -> Float[Tensor, "K n"]:
     """The entries with the sign of their sum (the majority's where it cancels), the rest at zero, in place."""
-    sign_n = trimmed_Kn.sum(0).sign_()
-    cancelled_n = (sign_n == 0).logical_and_((trimmed_Kn != 0).any(0)) if bool((sign_n == 0).any()) else None
-    if cancelled_n is not None and bool(cancelled_n.any()):
-        # Asking for it reads all task vectors once more, and through another buffer.
-        sign_n[cancelled_n] = trimmed.majority_sign
-    return trimmed_Kn.mul_((trimmed_Kn * sign_n) > 0)
+    sign_n = _elected(trimmed_Kn, trimmed)
+    return _aligned(trimmed_Kn, sign_n).mul_(sign_n)
 
 
 def disjoint_merge(
     trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed, merge: Literal["sum", "mean"]
 ) -> Float[Tensor, " n"]:
-    """The sum or mean of the `agreeing` entries."""
-    agreeing_Kn = agreeing(trimmed_Kn, trimmed)
-    total_n = agreeing_Kn.sum(0)
-    return total_n if merge == "sum" else total_n / (agreeing_Kn != 0).sum(0).clamp_min_(1)
+    """The sum or mean of the `agreeing` entries; the chunk is used up."""
+    sign_n = _elected(trimmed_Kn, trimmed)
+    aligned_Kn = _aligned(trimmed_Kn, sign_n)
+    total_n = aligned_Kn.sum(0).mul_(sign_n)
+    return total_n if merge == "sum" else total_n.div_(aligned_Kn.sign_().sum(0).clamp_min_(1))
+
+
+def _elected(trimmed_Kn: Float[Tensor, "K n"], trimmed: Trimmed) -> Float[Tensor, " n"]:
+    """The sign of the sum; zero where no expert kept the entry."""
+    sign_n = trimmed_Kn.sum(0).sign_()
+    cancelled_n = (sign_n == 0).logical_and_(trimmed_Kn.amax(0) > 0)
+    if bool(cancelled_n.any()):
+        # Asking for it reads all task vectors once more, and through another buffer.
+        sign_n[cancelled_n] = trimmed.majority_sign
+    return sign_n
+
+
+def _aligned(trimmed_Kn: Float[Tensor, "K n"], sign_n: Float[Tensor, " n"]) -> Float[Tensor, "K n"]:
+    """Magnitudes of the entries that have this sign, the rest at zero, in place."""
+    return trimmed_Kn.mul_(sign_n).clamp_min_(0)

@@ -37,6 +37,31 @@ def test_kth_smallest_equals_sorting(sizes: list[int], share: float, seed: int, 
     assert found.tolist() == [ordered[0, k - 1].item(), ordered[1, 0].item(), ordered[2, -1].item()]
 
 
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 3000), share=st.floats(0, 1), seed=st.integers(0, 99), sampled=st.sampled_from([2, 64]))
+def test_a_thinned_first_reading_changes_nothing(size: int, share: float, seed: int, sampled: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(2, size, generator=generator).round(decimals=1)
+    k = 1 + int(share * (size - 1))
+    before, selection.SAMPLED = selection.SAMPLED, sampled
+    try:
+        thinned = (lambda stride: iter(whole[:, ::stride].split(50, dim=1)), size)
+        found = kth_smallest_rows(lambda: iter(whole.split(70, dim=1)), [k, size], thinned=thinned)
+    finally:
+        selection.SAMPLED = before
+    ordered = whole.sort(dim=1).values
+    assert found.tolist() == [ordered[0, k - 1].item(), ordered[1, -1].item()]
+
+
+def test_every_stride_th_entry_of_all_tensors_put_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = a_model()
+    monkeypatch.setattr(stream, "CHUNK", 4)
+    names = merged_names(base)
+    whole = torch.cat([part.clone() for _, _, part in stream.chunks(base, experts, names)], dim=1)
+    thinned = torch.cat([part.clone() for _, _, part in stream.chunks(base, experts, names, stride=3)], dim=1)
+    assert torch.equal(thinned, whole[:, ::3])
+
+
 def test_kth_smallest_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="k = \\[3\\] of 2 entries"):
         kth_smallest(lambda: iter([torch.zeros(2)]), 3)
