@@ -121,7 +121,7 @@ def sharpness(
     check_option(form, ("paper", "positive"), "form", "sharpness")
     base, _ = _check_edges("sharpness", alpha_NC, neighbourhoods, None, budget_bytes)
     sharp_A = base.log_odds.new_empty(neighbourhoods.n_anchors)
-    for anchors, edges in _blocks("sharpness", base.alpha, neighbourhoods, budget_bytes):
+    for anchors, edges in _blocks("sharpness", 0, neighbourhoods, budget_bytes):
         log_odds_F = base.log_odds[neighbourhoods.neighbours[edges]]
         sharp_A[anchors] = _sharp(log_odds_F, neighbourhoods.degree[anchors], form)
     return sharp_A
@@ -209,8 +209,9 @@ def _discrepancy(
     base, own = _check_edges(place, alpha_NC, neighbourhoods, anchor_alpha, budget_bytes)
     ads_E = base.alpha.new_empty(len(neighbourhoods.neighbours))
     sharp_A, div_A, mean_A = (ads_E.new_empty(neighbourhoods.n_anchors) for _ in range(3))
-    _, gather = _shares(base.alpha, budget_bytes)
-    for anchors, edges in _blocks(place, base.alpha, neighbourhoods, budget_bytes):
+    row_bytes = distance_bytes(own.alpha, base.alpha)
+    _, gather = _shares(row_bytes, budget_bytes)
+    for anchors, edges in _blocks(place, row_bytes, neighbourhoods, budget_bytes):
         other_F, degree = neighbourhoods.neighbours[edges], neighbourhoods.degree[anchors]
         offsets, mine = neighbourhoods.offsets[anchors.start : anchors.stop + 1], own.rows(anchors)
         distance_F = edge_distance(
@@ -236,17 +237,16 @@ def _discrepancy(
 
 
 def _blocks(
-    place: str, alpha_NC: Tensor, neighbourhoods: Neighbourhoods, budget_bytes: int
+    place: str, row_bytes: int, neighbourhoods: Neighbourhoods, budget_bytes: int
 ) -> Iterator[tuple[slice, slice]]:
     """Anchors and their edges, as many whole neighbourhoods at a time as the budget takes."""
     offsets, hub = neighbourhoods.offsets, max(1, int(neighbourhoods.degree.max()))
-    edge_budget, gather = _shares(alpha_NC, budget_bytes)
+    edge_budget, gather = _shares(row_bytes, budget_bytes)
     if hub * EDGE_BYTES > edge_budget or gather < 1:
-        parts = 2 if distance_bytes(alpha_NC) else 1
-        needed = parts * max(hub * EDGE_BYTES, distance_bytes(alpha_NC))
+        needed = (2 if row_bytes else 1) * max(hub * EDGE_BYTES, row_bytes)
         raise ValueError(
-            f"{place}: budget_bytes = {budget_bytes} does not hold the largest neighbourhood, {hub} edges over "
-            f"{alpha_NC.shape[1]} classes; give at least {needed}, or raise min_cosine"
+            f"{place}: budget_bytes = {budget_bytes} does not hold the largest neighbourhood, {hub} edges; "
+            f"give at least {needed}, or raise min_cosine"
         )
     first = 0
     while first < neighbourhoods.n_anchors:
@@ -256,10 +256,9 @@ def _blocks(
         first = last
 
 
-def _shares(alpha_NC: Tensor, budget_bytes: int) -> tuple[int, int]:
+def _shares(row_bytes: int, budget_bytes: int) -> tuple[int, int]:
     """Bytes for the numbers of a block of edges, and how many edges' rows may be gathered at a time beside them."""
-    row = distance_bytes(alpha_NC)
-    return (budget_bytes // 2, budget_bytes // 2 // row) if row else (budget_bytes, 1)
+    return (budget_bytes // 2, budget_bytes // 2 // row_bytes) if row_bytes else (budget_bytes, 1)
 
 
 def _sharp(log_odds_F: Tensor, degree: Tensor, form: str) -> Tensor:

@@ -196,6 +196,8 @@ def test_kernel_and_torch_agree() -> None:
     found = discrepancy(alpha, graph)
     with running("torch"):
         torch.testing.assert_close(discrepancy(alpha, graph).ads, found.ads, rtol=1e-6, atol=1e-7)
+    strided = torch.cat([alpha, alpha], dim=1)[:, :123]  # no kernel reads it, whatever the anchors are
+    torch.testing.assert_close(discrepancy(strided, graph, "paper", alpha).ads, found.ads, rtol=1e-6, atol=1e-7)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 if threads < 3 else 1)
