@@ -1,9 +1,10 @@
-"""The rates behind `bd_core/merged/cost.py`: what forming, multiplying and stacking cost an element of the matrix.
+"""The rates behind `bd_core/merged/cost.py`, in nanoseconds of the whole machine.
 
     python -m infra.bench.bench_costs
 
 One matrix of a ViT-B/32 (3072 x 768), K = 8, 64 samples; median of rounds in which all forms run in turn. Forming and
-multiplying are the intercept and the slope of the tiled form over the tokens, stacking the slope of the other.
+multiplying are the intercept and the slope of the tiled form over the tokens, stacking the slope of the other; reading
+is a sum over a quarter of a gigabyte, a call a matrix of 8 x 8.
 """
 
 import statistics
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from bd_core.merged.exact import _stacked, _TiledLinear
+from bd_core.merged.exact import _stacked, _tiled
 from bd_core.merged.kernel import kernel_name
 
 N_SAMPLES, N_EXPERTS, N_OUTPUTS, N_INPUTS = 64, 8, 3072, 768
@@ -28,7 +29,7 @@ def main() -> None:
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     for n_tokens in TOKENS:
         x = torch.randn(N_SAMPLES, n_tokens, N_INPUTS)
-        passes["tiles", n_tokens] = lambda x=x: _TiledLinear.apply(x, weights, base, vectors, None)  # type: ignore[no-untyped-call]
+        passes["tiles", n_tokens] = lambda x=x: _tiled(x, weights, base, vectors, None)
         passes["stacked", n_tokens] = lambda x=x: _stacked(x, weights, base, vectors, None, N_SAMPLES)
     seconds: dict[tuple[str, int], list[float]] = {each: [] for each in passes}
     with torch.no_grad():
@@ -37,8 +38,8 @@ def main() -> None:
                 start = time.perf_counter()
                 run()
                 seconds[each].append(time.perf_counter() - start)
-    # A sample's nanoseconds of one core for an element; the first round warms up.
-    scale = 1e9 * torch.get_num_threads() / (N_SAMPLES * N_OUTPUTS * N_INPUTS)
+    # A sample's nanoseconds for an element; the first round warms up.
+    scale = 1e9 / (N_SAMPLES * N_OUTPUTS * N_INPUTS)
     cost = {each: scale * statistics.median(found[1:]) for each, found in seconds.items()}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, kernel {kernel_name()}")
     print("| tokens | tiles ns | stacked ns |\n|---|---|---|")
@@ -48,7 +49,32 @@ def main() -> None:
     multiply = (cost["tiles", many] - cost["tiles", few]) / (many - few)
     form = (cost["tiles", few] - few * multiply) / N_EXPERTS
     stacked = (cost["stacked", many] - cost["stacked", few]) / (many - few) / (1 + N_EXPERTS)
-    print(f"form={form:.4f} multiply={multiply:.4f} stacked={stacked:.4f}")
+    print(f"form={form:.4f}, multiply={multiply:.4f}, stacked={stacked:.4f}, read={read_ns():.4f},", end=" ")
+    tiles_ns, stacked_ns = call_ns()
+    print(f"call_tiles={tiles_ns:.0f}, call_stacked={stacked_ns:.0f}")
+
+
+def read_ns() -> float:
+    """A byte."""
+    matrices = torch.ones(1 << 26)
+    return min(_seconds(matrices.sum, 1) for _ in range(ROUNDS)) * 1e9 / (4 * matrices.numel())
+
+
+def call_ns() -> tuple[float, float]:
+    """A call of each form on next to nothing."""
+    shapes = ((1, 1, 8), (1, N_EXPERTS), (8, 8), (N_EXPERTS, 8, 8))
+    x, weights, base, vectors = (torch.randn(shape) for shape in shapes)
+    with torch.no_grad():
+        tiles = min(_seconds(lambda: _tiled(x, weights, base, vectors, None), 100) for _ in range(ROUNDS))
+        stacked = min(_seconds(lambda: _stacked(x, weights, base, vectors, None, 1), 100) for _ in range(ROUNDS))
+    return tiles * 1e9, stacked * 1e9
+
+
+def _seconds(run: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return (time.perf_counter() - start) / times
 
 
 if __name__ == "__main__":
