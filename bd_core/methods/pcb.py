@@ -42,8 +42,8 @@ def pcb(
     Source: Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024, in the released form: its
     vision script has `clamp` 0.01, `keep` 0.05, `scale` 1.2 and "normalised", its stand-alone script `clamp` 0.0001,
     `keep` 0.1 and "sum". Both take the unclamped tau_k in the inter-balancing.
-    Cost: five passes over the tensors; beside in- and output a chunk of task vectors and about K N / 100 entries to
-    find the quantiles in.
+    Cost: three passes over the tensors and two samples; beside in- and output a chunk of task vectors and about
+    K N / 100 entries to find the quantiles in.
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"pcb: keep={keep} must lie in (0, 1]")
@@ -83,10 +83,14 @@ class _Balance:
         agreement: Agreement,
     ) -> None:
         self.base, self.experts, self.names, self.agreement = base, experts, names, agreement
-        size = sum(base[name].numel() for name in names)
+        self.size = size = sum(base[name].numel() for name in names)
         low = int(size * clamp)
-        self.low_K1, self.high_K1 = self._ranked(torch.abs, low, max(low, int(size * (1 - clamp) - 1)))
-        self.least_K1, self.most_K1 = self._ranked(self.scores, min(int(size * (1 - keep)), size - 1), size - 1)
+        high = max(low, int(size * (1 - clamp) - 1))
+        ends_R = self._ranked(lambda vectors_Kn: vectors_Kn.abs_().repeat(2, 1), [low, high])
+        self.low_K1, self.high_K1 = (ends_K[:, None] for ends_K in ends_R.chunk(2))
+        # The released clamp keeps everything above the entry of this rank.
+        self.most_K1 = torch.full_like(self.low_K1, -torch.inf)
+        self.least_K1 = self._ranked(self._seen_scores, [min(int(size * (1 - keep)), size - 1)])[:, None]
 
     def clamped(self, vectors_Kn: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:
         """a_k."""
@@ -107,17 +111,19 @@ class _Balance:
         alone_Kn = (scores_Kn >= most_K1) & (least_K1 == most_K1) & (scores_Kn > 0)
         return _to_unit(scores_Kn.clamp_min_(least_K1), least_K1, most_K1).masked_fill_(alone_Kn, 1.0)
 
-    def _ranked(self, rows: Callable[[Tensor], Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
-        """The low-th and high-th smallest (from 0) of every expert's row, [K, 1] each, in one search."""
+    def _seen_scores(self, vectors_Kn: Tensor) -> Tensor:
+        scores_Kn = self.scores(vectors_Kn)
+        torch.maximum(self.most_K1, scores_Kn.amax(1, keepdim=True).to(self.most_K1), out=self.most_K1)
+        return scores_Kn
 
-        def twice() -> Iterator[Tensor]:
-            for _, _, vectors_Kn in chunks(self.base, self.experts, self.names):
-                rows_Kn = rows(vectors_Kn)
-                yield torch.cat((rows_Kn, rows_Kn))
+    def _ranked(self, rows: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Tensor:
+        """Of every rank (from 0) all experts' entries, end to end, as `rows` orders them."""
 
-        n_experts = len(self.experts)
-        found = kth_smallest_rows(twice, [low + 1] * n_experts + [high + 1] * n_experts)
-        return found[:n_experts, None], found[n_experts:, None]
+        def found(stride: int) -> Iterator[Tensor]:
+            return (rows(vectors_Kn) for _, _, vectors_Kn in chunks(self.base, self.experts, self.names, stride))
+
+        wanted = [rank + 1 for rank in ranks for _ in self.experts]
+        return kth_smallest_rows(lambda: found(1), wanted, thinned=(found, self.size))
 
 
 def _to_unit(values_Kn: Tensor, low_K1: Tensor, high_K1: Tensor) -> Tensor:
