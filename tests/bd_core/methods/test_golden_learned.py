@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from bd_core.compression import svd_compress
 from bd_core.methods.adamerging import adamerging
 from bd_core.methods.doge import doge
+from bd_core.methods.regmean import regmean
+from bd_core.methods.surgery import Surgery
 from bd_core.task_vectors import task_vectors
 
 
@@ -65,3 +67,35 @@ def test_low_rank_cut_of_twin_merging() -> None:
     cut = svd_compress(vectors, rank=golden.facts["parameters"]["k"]).expanded().vectors[name]
     for k, peer in enumerate(golden.tensors.values()):
         assert float((cut[k] - peer).norm() / peer.norm()) <= 1e-5
+
+
+def test_regmean() -> None:
+    """FusionBench's closed form on Gram matrices of the same activations, off-diagonals shrunk by 0.9."""
+    inputs = read_inputs()
+    golden = read_golden("fb_regmean")
+    share = 1 - golden.facts["parameters"]["reduce_non_diagonal_ratio"]
+    grams = {name: x.mT @ x / x.shape[1] for name, x in inputs.activations.items()}
+    merged = dict(regmean(inputs.base, inputs.experts, grams=grams, diagonal_share=share))
+    assert_agrees(merged, "fb_regmean", inputs.base)
+
+
+def test_surgery() -> None:
+    """One task's module, started where FusionBench's starts: the same features and the same twelve steps."""
+    inputs = read_inputs()
+    golden = read_golden("fb_surgery")
+    settings, peer = golden.facts["parameters"], golden.tensors
+    module = Surgery(TASKS[:1], settings["projection_dim"], rank=settings["hidden_dim"])
+    module.load_state_dict({"down": peer["down.start"][None], "up": peer["up.start"][None]})
+    optimiser = torch.optim.Adam(module.parameters(), lr=settings["lr"])
+    name = "encoder.layers.0.self_attn.out_proj.weight"
+    merged, far = inputs.base[name], inputs.base[name] + 20 * (inputs.experts[3][name] - inputs.base[name])
+    batches = inputs.batches[TASKS[0]]
+    for step in range(settings["steps"]):
+        batch = batches[step % len(batches)]
+        loss = F.l1_loss(module(batch @ merged.T, TASKS[0]), batch @ far.T)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.testing.assert_close(module.down[0], peer["down"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.up[0], peer["up"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module(batches[0] @ merged.T, TASKS[0]), peer["features"], rtol=1e-5, atol=1e-6)
