@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 from pipeline.formats.faiss_index import FloatRows, read_index
 
 TRAINING_ROUNDS = 10
-ROWS_CHECKED = 64
+ROWS_CHECKED = 16
 
 
 def train(sample: FloatRows, n_lists: int, seed: int) -> Any:
@@ -51,28 +51,22 @@ def add_part(index: Any, features: FloatRows, lists: NDArray[np.int64]) -> Any:
     return index
 
 
-def check_holds(index: Any, features: FloatRows, path: Path) -> None:
-    """Nothing; `DataError` unless rows taken from all over the index are these features, bit for bit."""
+def check_holds(index: Any, features: FloatRows, lists: NDArray[np.int64], path: Path) -> None:
+    """Nothing; `DataError` unless rows from all over the index lie in their lists as these features, bit for bit."""
     import faiss
 
-    lists = index.invlists
-    sizes = [lists.list_size(number) for number in range(index.nlist)]
-    taken = 0
-    for number in np.argsort(sizes)[::-1][:ROWS_CHECKED]:
-        if not (size := sizes[number]):
-            break
-        rows = faiss.rev_swig_ptr(lists.get_ids(int(number)), size)
-        codes = faiss.rev_swig_ptr(lists.get_codes(int(number)), size * index.code_size).view(np.float32)
-        there = codes.reshape(size, index.d)
-        known = rows < len(features)
-        if not known.all() or not np.array_equal(there, features[rows]):
-            raise DataError(
-                f"{path} holds other vectors than the features it is searched for: it is from another backbone, or "
-                "from another part of the pool; remove its unit and run again"
-            )
-        taken += size
-    if taken == 0 and len(features):
-        raise DataError(f"{path} is empty; remove its unit and run again")
+    for row in np.linspace(0, len(features) - 1, ROWS_CHECKED).astype(int):
+        number = int(lists[row, 0])
+        size = index.invlists.list_size(number)
+        place = np.flatnonzero(faiss.rev_swig_ptr(index.invlists.get_ids(number), size) == row) if size else ()
+        if len(place) == 1:
+            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size).view(np.float32)
+            if np.array_equal(codes.reshape(size, index.d)[place[0]], features[row]):
+                continue
+        raise DataError(
+            f"{path} holds another vector than the features it is searched for have in row {row}: it is from another "
+            "backbone, or from another part of the pool; remove its unit and run again"
+        )
 
 
 def merged(paths: Sequence[Path], empty: Any, first_rows: Sequence[int], on_disk: Path | None = None) -> Any:

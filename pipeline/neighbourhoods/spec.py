@@ -20,7 +20,9 @@ class IndexSpec(Spec):
     calibration_rows: int = Field(
         default=131072, ge=2, description="rows it looks among, and IVF is trained on: the first shards of each task"
     )
-    recall_sample: int = Field(default=256, ge=1, description="queries on which edge recall is measured, of each join")
+    recall_sample: int = Field(
+        default=256, ge=4, description="queries on which edges are counted; in each join a quarter, for edge recall"
+    )
     min_edge_recall: float = Field(default=0.99, gt=0, le=1, description="ivf: more lists are searched until it holds")
     backend: Literal["auto", "exact", "flat", "ivf", "gpu"] = Field(
         default="auto",

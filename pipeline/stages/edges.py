@@ -136,8 +136,11 @@ class Edges(Stage):
             return Side(features)
         path = built[place].file(INDEX)
         index = read_index(path, rows=len(features), width=features.shape[1])
-        check_holds(index, features.numpy(), path)
-        return Side(features, index, read_probes(built[place].file(PROBES)))
+        probes = read_probes(built[place].file(PROBES))
+        if len(probes) != len(features):
+            raise DataError(f"{built[place].file(PROBES)} has {len(probes)} of {len(features)} rows; remove its unit")
+        check_holds(index, features.numpy(), probes, path)
+        return Side(features, index, probes)
 
     def _joined(self, unit: Unit, first: Side, second: Side | None, radius: Radius, report: StageReport) -> Joined:
         """The join, its recall measured unless it is exact by itself; of IVF more lists are searched until it holds."""
@@ -171,7 +174,7 @@ class Edges(Stage):
         Where partitions have little to do with each other a few lost edges are a large share of none that matters: what
         all joins together may lose is shared out half by their edges and half evenly, which comes to the same sum.
         """
-        sampled = min(self.spec.recall_sample, len(first.features))
+        sampled = min(self.spec.recall_sample // 4, len(first.features))
         return (wanted + radius.edge_share * sampled * len((second or first).features)) / 2
 
     @staticmethod
@@ -185,7 +188,7 @@ class Edges(Stage):
     def _recall(self, first: Side, second: Side | None, radius: Radius, joined: Joined) -> tuple[int, int]:
         """Edges of a fixed sample of the first partition's rows in the exact graph, and how many of them were found."""
         n_rows = len(first.features)
-        rows = torch.linspace(0, n_rows - 1, min(self.spec.recall_sample, n_rows)).round().long()
+        rows = torch.linspace(0, n_rows - 1, min(self.spec.recall_sample // 4, n_rows)).round().long()
         base, own = (first.features, rows) if second is None else (second.features, None)
         queries = first.features[rows]
         least = least_cosines(queries, base, radius, own)

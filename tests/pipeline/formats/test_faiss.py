@@ -131,13 +131,13 @@ def test_parts_of_another_quantiser_are_not_merged(tmp_path: Path) -> None:
 
 
 def test_an_index_is_checked_against_the_features_it_stands_for(tmp_path: Path) -> None:
-    _, paths, _ = parts_of(tmp_path)
-    check_holds(read_index(paths[0]), ROWS[:120], paths[0])
-    for other in (ROWS[:119], ROWS[:120] + np.float32(1e-6), ROWS[80:]):
-        with pytest.raises(DataError, match="holds other vectors"):
-            check_holds(read_index(paths[0]), other, paths[0])
-    with pytest.raises(DataError, match="is empty"):
-        check_holds(read_index(tmp_path / "empty"), ROWS, tmp_path / "empty")
+    _, paths, lists = parts_of(tmp_path)
+    check_holds(read_index(paths[0]), ROWS[:120], lists[:120], paths[0])
+    for other, own in ((ROWS[:120] + np.float32(1e-6), lists), (ROWS[80:], lists[80:]), (ROWS[:120], lists[:, ::-1])):
+        with pytest.raises(DataError, match="holds another vector"):
+            check_holds(read_index(paths[0]), other, own, paths[0])
+    with pytest.raises(DataError, match="holds another vector"):
+        check_holds(read_index(tmp_path / "empty"), ROWS, lists, tmp_path / "empty")
 
 
 def test_what_is_no_index_or_one_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 
 def spec(name: str) -> IndexSpec:
-    return IndexSpec(rows_per_partition=ROOM, calibration_rows=60, sample=50, recall_sample=10, **SPECS[name])
+    return IndexSpec(rows_per_partition=ROOM, calibration_rows=60, sample=50, recall_sample=40, **SPECS[name])
 
 
 @pytest.mark.parametrize("name", SPECS)
