@@ -7,7 +7,7 @@ dtypes of the product, and an edge is found from both its ends. Its cosine is a 
 of equal or opposite vectors can come out as 1 or -1 give or take 1e-7, and are not clamped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,7 @@ __all__ = [
     "rounding_bound",
 ]
 
+Csr = tuple[Tensor, Tensor, Tensor]  # offsets, neighbours and cosines, not yet checked
 CPU_ROWS, GPU_ROWS = 2048, 16384  # queries of a block
 CHECKED_EDGES = 2**22  # edges whose order is checked at a time
 
@@ -59,7 +60,7 @@ class Neighbourhoods:
                 f"Neighbourhoods: offsets {offsets} must be [A + 1 >= 2], start at 0, never fall and end at the number "
                 f"of neighbours, {n_edges}; rebuild the graph with radius_graph"
             )
-        if self.cosine.shape != neighbours.shape or not torch.isfinite(self.cosine).all():
+        if self.cosine.shape != neighbours.shape or not _all_finite(self.cosine):
             raise ValueError(
                 f"Neighbourhoods: cosine has shape {tuple(self.cosine.shape)} or nan/inf for {n_edges} neighbours; "
                 "give one finite cosine an edge"
@@ -76,7 +77,8 @@ class Neighbourhoods:
         if self.neighbours.min() < 0:
             return int(self.neighbours.argmin())
         for start in range(1, len(self.neighbours), CHECKED_EDGES):
-            falling = self.neighbours[start - 1 : start + CHECKED_EDGES].diff() <= 0
+            after = self.neighbours[start : start + CHECKED_EDGES]
+            falling = after <= self.neighbours[start - 1 : start - 1 + len(after)]
             ends = torch.tensor([start, start + len(falling)], device=falling.device)
             first, last = torch.searchsorted(self.offsets, ends).tolist()
             falling[self.offsets[first:last] - start] = False  # where an anchor begins
@@ -129,19 +131,8 @@ def radius_graph(
     Raises ValueError for empty, not finite or unnormalised features, shapes that do not fit, or min_cosine outside
     [-1, 1].
     """
-    parts = radius_graph_parts(
-        features_ND, min_cosine, base_MD=base_MD, self_rows=self_rows, block_rows=block_rows, product=product
-    )
-    degrees, neighbours, cosines = [], [], []
-    for _, part in parts:
-        degrees.append(part.degree)
-        neighbours.append(part.neighbours)
-        cosines.append(part.cosine)
-    degree_N = torch.cat(degrees)
-    offsets = torch.cat([degree_N.new_zeros(1), degree_N.cumsum(0)])
-    neighbours_E = torch.cat(neighbours)
-    neighbours.clear()  # one copy of the graph at a time
-    return Neighbourhoods(offsets=offsets, neighbours=neighbours_E, cosine=torch.cat(cosines))
+    place = "radius_graph"
+    return _whole(_csr_parts(place, features_ND, min_cosine, base_MD, self_rows, block_rows, product, mirror=True))
 
 
 def radius_graph_parts(
@@ -160,14 +151,8 @@ def radius_graph_parts(
     mirror=False multiplies each pair twice and keeps nothing, for graphs too dense for that.
     """
     place = "radius_graph"
-    base, own_N = check_query(place, features_ND, base_MD, self_rows, block_rows)
-    radius_N = _radii(place, min_cosine, features_ND, "a query")
-    size = _block_rows(features_ND, block_rows)
-    if base_MD is None and mirror:
-        return _mirrored_parts(features_ND.float(), radius_N, size, product)
-    base = base.float()
-    features = base if base_MD is None else features_ND.float()
-    return _parts(features, base, own_N, radius_N, size, product)
+    parts = _csr_parts(place, features_ND, min_cosine, base_MD, self_rows, block_rows, product, mirror)
+    return ((rows, Neighbourhoods(*part)) for rows, part in parts)
 
 
 def radius_graph_between(
@@ -197,29 +182,41 @@ def radius_graph_between(
         there, here = scan(
             features[rows], other, radius_N[rows], own_Q=none_N[rows], base_radius_M=radius_M, product=product
         )
-        found.append(place_csr([there], rows.stop - rows.start, features.device))
+        found.append((rows, place_csr([there], rows.stop - rows.start, features.device)))
         for start, hits in zip(range(0, len(other), BLOCK_COLUMNS), here, strict=True):
             back.append(Hits(hits.row + start, hits.column, hits.cosine, rows.start))
-    degree_N = torch.cat([offsets.diff() for offsets, _, _ in found])
-    there_graph = Neighbourhoods(
-        torch.cat([degree_N.new_zeros(1), degree_N.cumsum(0)]),
-        torch.cat([neighbours for _, neighbours, _ in found]),
-        torch.cat([cosine for _, _, cosine in found]),
-    )
-    return there_graph, Neighbourhoods(*place_csr(back, len(other), features.device))
+    return _whole(found), Neighbourhoods(*place_csr(back, len(other), features.device))
+
+
+def _csr_parts(
+    place: str,
+    features: Tensor,
+    min_cosine: float | Tensor,
+    base: Tensor | None,
+    self_rows: Tensor | None,
+    block_rows: int | None,
+    product: torch.dtype,
+    mirror: bool,
+) -> Iterator[tuple[slice, Csr]]:
+    """Blocks of queries and their edges, after checking that everything fits."""
+    whole_base, own_N = check_query(place, features, base, self_rows, block_rows)
+    radius_N = _radii(place, min_cosine, features, "a query")
+    size = _block_rows(features, block_rows)
+    if base is None and mirror:
+        return _mirrored_parts(features.float(), radius_N, size, product)
+    whole_base = whole_base.float()
+    return _parts(whole_base if base is None else features.float(), whole_base, own_N, radius_N, size, product)
 
 
 def _parts(
     features: Tensor, base: Tensor, own_N: Tensor, radius_N: Tensor, size: int, product: torch.dtype
-) -> Iterator[tuple[slice, Neighbourhoods]]:
+) -> Iterator[tuple[slice, Csr]]:
     for rows in spans(len(features), size):
         hits, _ = scan(features[rows], base, radius_N[rows], own_Q=own_N[rows], product=product)
-        yield rows, Neighbourhoods(*place_csr([hits], rows.stop - rows.start, features.device))
+        yield rows, place_csr([hits], rows.stop - rows.start, features.device)
 
 
-def _mirrored_parts(
-    features: Tensor, radius_N: Tensor, size: int, product: torch.dtype
-) -> Iterator[tuple[slice, Neighbourhoods]]:
+def _mirrored_parts(features: Tensor, radius_N: Tensor, size: int, product: torch.dtype) -> Iterator[tuple[slice, Csr]]:
     """Blocks on and above the diagonal; what they find for later blocks waits there, so that neighbours come rising."""
     blocks = list(spans(len(features), size))
     waiting: list[list[Hits]] = [[] for _ in blocks]
@@ -237,7 +234,25 @@ def _mirrored_parts(
             to.append(Hits(hits.row, hits.column, hits.cosine, rows.start))
         parts = [*waiting[first], there]
         waiting[first] = []
-        yield rows, Neighbourhoods(*place_csr(parts, rows.stop - rows.start, features.device))
+        yield rows, place_csr(parts, rows.stop - rows.start, features.device)
+
+
+def _whole(parts: Iterable[tuple[slice, Csr]]) -> Neighbourhoods:
+    """The graph of all blocks."""
+    degrees, neighbours, cosines = [], [], []
+    for _, (offsets, neighbours_E, cosine_E) in parts:
+        degrees.append(offsets.diff())
+        neighbours.append(neighbours_E)
+        cosines.append(cosine_E)
+    degree = torch.cat(degrees)
+    joined = torch.cat(neighbours)
+    neighbours.clear()  # one copy of the graph at a time
+    return Neighbourhoods(torch.cat([degree.new_zeros(1), degree.cumsum(0)]), joined, torch.cat(cosines))
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether no value is nan or infinite, without a mask."""
+    return len(values) == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))
 
 
 def _radii(place: str, min_cosine: float | Tensor, features: Tensor, each: str) -> Tensor:

@@ -4,19 +4,17 @@ Everything holds for the compiled kernel, where this installation has one, and f
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 import torch
+from graph_cases import CLOSE, ENGINES, NEAR, by_the_rule, clouds, cluster_rows, joined, running, same
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bd_core import radius_choice, radius_scan
-from bd_core.graph_kernel import graph_kernel_name
 from bd_core.neighbourhood import (
     Neighbourhoods,
     adaptive_min_cosine,
@@ -28,55 +26,11 @@ from bd_core.neighbourhood import (
     rounding_bound,
 )
 
-ENGINES = st.sampled_from(["kernel", "torch"])
-# The kernel's cosines do not depend on blocks at all.
-CLOSE = {"kernel": 0.0 if graph_kernel_name() != "torch" else 1e-6, "torch": 1e-6}
-NEAR = 1e-5  # a float32 cosine this close to the radius may fall on either side
-
-
-@contextmanager
-def running(engine: str) -> Iterator[None]:
-    """The kernel if there is one, or torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        if engine == "torch":
-            patch.setattr(radius_scan, "kernel_runs", lambda *tensors: False)
-        yield
-
 
 @pytest.fixture(params=["kernel", "torch"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     with running(request.param):
         yield request.param
-
-
-@st.composite
-def clouds(draw: st.DrawFn, min_size: int = 1) -> Tensor:
-    """Unit rows [N, D]: random, with duplicates, in tight clusters, all equal, or with their opposites."""
-    n, width = draw(st.integers(min_size, 24)), draw(st.integers(1, 6))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    rows = normalize(torch.randn(n, width, dtype=dtype, generator=generator), dim=1)
-    kind = draw(st.sampled_from(["random", "duplicated", "clustered", "all equal", "antipodal"]))
-    if kind == "duplicated":
-        rows = rows[torch.randint(n, (n,), generator=generator) // 2]
-    if kind == "clustered":
-        centre = rows[torch.randint(n, (n,), generator=generator) // 4]
-        rows = normalize(centre + 0.01 * torch.randn(n, width, dtype=dtype, generator=generator), dim=1)
-    if kind == "all equal":
-        rows = rows[:1].repeat(n, 1)
-    if kind == "antipodal":
-        rows = torch.cat([rows[: n // 2], -rows])[:n]
-    return rows
-
-
-def joined(parts: Iterable[tuple[slice, Neighbourhoods]]) -> Neighbourhoods:
-    graphs = [part for _, part in parts]
-    degree = torch.cat([part.degree for part in graphs])
-    return Neighbourhoods(
-        torch.cat([degree.new_zeros(1), degree.cumsum(0)]),
-        torch.cat([part.neighbours for part in graphs]),
-        torch.cat([part.cosine for part in graphs]),
-    )
 
 
 def check_against_brute_force(
@@ -129,32 +83,6 @@ def check_queries_against_a_base(base: Tensor, seed: int, block_rows: int) -> No
     own[2] = -1
     mixed = radius_graph(base[own], radius, base_MD=base, self_rows=own, block_rows=block_rows)
     check_against_brute_force(mixed, base[own], base, radius.tolist(), own.tolist())
-
-
-def cluster_rows(n: int, width: int, seed: int = 0, n_clusters: int = 40, spread: float = 0.7) -> Tensor:
-    """Unit rows [n, width] around centres of very different numbers of rows."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = normalize(torch.randn(n_clusters, width, generator=generator), dim=1)
-    which = (n_clusters * torch.rand(n, generator=generator) ** 3).long()
-    noise = torch.randn(n, width, generator=generator) * spread / width**0.5
-    return normalize(centres[which] + noise, dim=1)
-
-
-def same(first: Neighbourhoods, second: Neighbourhoods, atol: float = 0.0) -> None:
-    """The same edges, and cosines equal to atol."""
-    assert torch.equal(first.offsets, second.offsets) and torch.equal(first.neighbours, second.neighbours)
-    torch.testing.assert_close(first.cosine, second.cosine, rtol=0, atol=atol)
-
-
-def by_the_rule(query: Tensor, base: Tensor, radius: float | Tensor, first_own: int | None = None) -> Neighbourhoods:
-    """Every pair in float64, rounded to float32 and compared: the rule, with all cosines at once."""
-    cosine = (query.double() @ base.double().T).float()
-    inside = cosine >= torch.as_tensor(radius, dtype=torch.float32).expand(len(query))[:, None]
-    if first_own is not None:
-        inside &= torch.arange(len(base)) != first_own + torch.arange(len(query))[:, None]
-    row, column = inside.nonzero(as_tuple=True)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), inside.sum(1).cumsum(0)])
-    return Neighbourhoods(offsets, column, cosine[row, column])
 
 
 # More rows than a block and a chunk of the kernel, wider than its depth, and neither a multiple of its tiles.
@@ -311,59 +239,6 @@ def test_samples_may_be_reordered() -> None:
     edges = set(zip(graph.anchors().tolist(), graph.neighbours.tolist(), strict=True))
     assert edges == set(zip(order[mixed.anchors()].tolist(), order[mixed.neighbours].tolist(), strict=True))
     assert edges == {(other, anchor) for anchor, other in edges}
-
-
-@given(clouds(min_size=2), st.integers(1, 30), st.integers(1, 30), ENGINES, st.data())
-def test_adaptive_radius_gives_the_target_degree(
-    features: Tensor, block_rows: int, columns: int, engine: str, data: st.DataObject
-) -> None:
-    target = data.draw(st.integers(1, len(features) - 1))
-    with pytest.MonkeyPatch.context() as patch, running(engine):
-        patch.setattr(radius_choice, "FIRST_COLUMNS", columns)
-        patch.setattr(radius_choice, "MOST_COLUMNS", columns)
-        radius = adaptive_min_cosine(features, target, block_rows=block_rows)
-    assert radius.dtype == torch.float32
-    for i, row in enumerate((features.double() @ features.double().T).tolist()):
-        others = sorted(row[:i] + row[i + 1 :], reverse=True)
-        assert radius[i].item() == pytest.approx(others[target - 1], abs=NEAR)
-    degree = radius_graph(features, radius).degree
-    # Only antipodal pairs of cosine -1.0000001 cannot be kept by any radius in [-1, 1].
-    assert (degree >= target).all() or radius.min() == -1
-
-
-def test_adaptive_radius_against_a_base() -> None:
-    generator = torch.Generator().manual_seed(0)
-    base = normalize(torch.randn(50, 16, generator=generator), dim=1)
-    own = torch.tensor([3, 40, -1])
-    radius = adaptive_min_cosine(base[[3, 40, 7]], 4, base, self_rows=own)
-    graph = radius_graph(base[[3, 40, 7]], radius, base_MD=base, self_rows=own)
-    assert graph.degree.tolist() == [4, 4, 4]
-    assert 7 in graph.neighbours[graph.offsets[2] :].tolist()
-
-
-@given(clouds(min_size=2), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 40), st.integers(0, 2**32))
-def test_calibrated_radius_covers_the_sample(features: Tensor, max_isolated: float, sample: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    radius = calibrate_min_cosine(features, max_isolated=max_isolated, sample=sample, generator=generator)
-    n = len(features)
-    drawn = torch.arange(n)
-    if sample < n:
-        drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:sample]
-    nearest = [
-        max(float(features[i].double() @ features[j].double()) for j in range(n) if j != i) for i in drawn.tolist()
-    ]
-    assert radius == pytest.approx(sorted(nearest)[int(max_isolated * len(drawn))], abs=NEAR)
-    degree = radius_graph(features, radius).degree[drawn]
-    assert (degree == 0).double().mean() <= max_isolated or radius == -1
-
-
-def test_calibration_repeats_with_its_generator() -> None:
-    features = normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    first, second, other = (
-        calibrate_min_cosine(features, max_isolated=0.1, sample=20, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    )
-    assert first == second != other
 
 
 @pytest.mark.parametrize(
