@@ -54,9 +54,20 @@ def make_tiny(root: Path) -> Tiny:
         },
         "shard": {"images_per_shard": 32},
         "fit_head": {"steps": 6, "batch_size": 16, "checkpoint_every": 2},
-        "index": {"sample": 96, "recall_sample": 16, "max_isolated": 0.1},
+        "index": {"sample": 96, "recall_sample": 16, "max_isolated": 0.1, "rows_per_partition": 80},
         "fit_router": {"steps": 4, "batch_per_task": 4, "contrastive_anchors": 2, "checkpoint_every": 2},
-        "baselines": {"methods": {"task_arithmetic": {}, "adamerging": {"steps": 2}, "twin_merging": {}}},
+        # One of each need: nothing, activations, batches, task labels, labelled validation.
+        "baselines": {
+            "validation_per_task": 8,
+            "methods": {
+                "task_arithmetic": {},
+                "regmean": {},
+                "bmm": {"trials": 2},
+                "adamerging": {"steps": 2},
+                "surgery": {"steps": 2},
+                "twin_merging": {},
+            },
+        },
         "corrupt": {"corruptions": ["brightness", "contrast"], "levels": {"L1": 1, "L3": 5}},
         "executor": {"kind": "serial"},
         "tracking": {"enabled": False},

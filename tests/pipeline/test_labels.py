@@ -1,4 +1,7 @@
-"""No fitting stage reads a label: shuffled labels give byte-equal head, routers and pairs."""
+"""No fitting stage reads a label: shuffled labels give byte-equal head, routers, pairs and merges.
+
+Methods that say they need labelled validation images are the exception, and their keys count the labels.
+"""
 
 import io
 from pathlib import Path
@@ -11,7 +14,20 @@ from pipeline.run import run
 from pipeline.store import Store
 from pipeline.workflow import Workflow
 
-FITTED = ("fit_head", "radius", "edges", "neighbours", "score", "threshold", "pairs", "fit_router")
+FITTED = (
+    "fit_head",
+    "radius",
+    "edges",
+    "neighbours",
+    "score",
+    "threshold",
+    "pairs",
+    "fit_router",
+    "activations",
+    "baselines",
+    "surgery",
+)
+LABELLED = "baselines/bmm/"
 
 
 def fitted(tiny: Tiny, name: str, turn: int) -> dict[str, bytes]:
@@ -57,6 +73,8 @@ def test_shuffled_labels_give_byte_equal_head_routers_and_pairs(tiny_project: Ti
     ]
     assert stored[0] != stored[1], "the shards must know the shuffled labels, or the test shows nothing"
     assert {name.split("/")[0] for name in true} == set(FITTED)
+    told = {name for name in (*true, *shuffled) if name.startswith(LABELLED)}
+    assert any(true.pop(name, None) != shuffled.pop(name, None) for name in told)
     assert {"fit_router/task/model.safetensors", "fit_router/layer/model.safetensors"} <= set(true)
     assert sorted(true) == sorted(shuffled)
     assert [name for name in true if true[name] != shuffled[name]] == []

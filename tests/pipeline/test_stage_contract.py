@@ -87,7 +87,8 @@ def test_what_changes_speed_changes_no_key(finished_store: Finished) -> None:
 def test_the_seed_counts_where_something_is_drawn_and_nowhere_else(finished_store: Finished) -> None:
     other = Workflow.load(finished_store.config, ["seed=1"])
     seeded = {stage.name for stage in other.stages if stage.seed == 1}
-    assert seeded == {"fit_head", "radius", "fit_router", "baselines"}  # base and experts too, where they are trained
+    drawing = {"fit_head", "radius", "activations", "baselines", "surgery", "fit_router"}
+    assert seeded == drawing  # base and experts too, where they are trained
     reused = [p.stage.name for p in walk(other.stages, finished_store.store) if isinstance(p, StagePlan) and p.found]
     assert reused == ["shard", "base", "experts", "embed", "corrupt"]
 
