@@ -21,6 +21,7 @@ __all__ = [
     "Polar",
     "add_gram",
     "expert_layers",
+    "gram",
     "kept",
     "leading_part",
     "polar",
@@ -28,16 +29,18 @@ __all__ = [
 ]
 
 # One expert's task vectors of equal-shaped layers taken together (ours): on a CPU batching saves little, so the
-# working set stays small beside a ViT-B/32; give more on an accelerator.
-LAYER_BYTES = 16 << 20
+# working set stays small beside a ViT-B/32; give more on an accelerator, where small layers wait for each other.
+LAYER_BYTES = 4 << 20
 # Matrices outside attention and MLP that are no embedding: projections to the joint space and classification heads.
 PROJECTIONS = (r"(^|\.)proj$", r"(text|visual)_projection", r"(^|\.)(lm_head|classifier|head)\b", r"^fc\.weight$")
 
 # Singular values below this share of the largest are rounding, not directions (LAPACK's error is a few eps).
 ROUNDING_EPS = 32
-# Forming a Gram matrix squares the condition number: above these, float32 still gives about 1e-6 (both measured).
-POLAR_CONDITION = 1e-2
+GRAM_ROUNDING_EPS = 64  # the same of a Gram matrix' eigenvalues and pivots
+# Forming a Gram matrix squares the condition number: above these its result is still good to about 1e-6 (measured).
+POLAR_CONDITION = {torch.float32: 1e-2, torch.float64: 1e-9}
 LEADING_CONDITION = 3e-5
+MIRRORED_COLUMNS = 512
 # A rotation below this leaves a second-order error under float32's rounding.
 SMALL_ROTATION = 1e-3
 REFINEMENTS = 3
@@ -87,7 +90,7 @@ def add_gram(
     """Adds V^T V to `gram` and `left` V^T V to `product`, in place, by the cheaper order of products."""
     n_rows, n_columns = vectors_BOI.shape[1:]
     if n_rows >= n_columns:
-        own_BII = vectors_BOI.mT @ vectors_BOI
+        own_BII = gram(vectors_BOI)
         gram_BII += own_BII
         product_BOI.baddbmm_(left_BOI, own_BII)
     else:
@@ -109,7 +112,7 @@ def right_solve(
     wide_BII.diagonal(dim1=1, dim2=2).add_(torch.as_tensor(ridge).to(wide_BII).reshape(-1, 1))
     result = torch.empty_like(product_BOI)
     for matrix_II, product_OI, out_OI in zip(wide_BII, product_BOI, result, strict=True):
-        rounding = len(matrix_II) * torch.finfo(gram_BII.dtype).eps
+        rounding = GRAM_ROUNDING_EPS * torch.finfo(gram_BII.dtype).eps
         factor_II, failed = torch.linalg.cholesky_ex(matrix_II)
         pivots = factor_II.diagonal().square()
         if not failed and bool(pivots.min() > rounding * pivots.max()):
@@ -121,19 +124,40 @@ def right_solve(
     return result
 
 
+def gram(matrix_BNC: Float[Tensor, "B N C"]) -> Float[Tensor, "B C C"]:
+    """M^T M; of wide enough results only ten of sixteen blocks are computed, the others are mirrored."""
+    n_columns = matrix_BNC.shape[2]
+    if n_columns < MIRRORED_COLUMNS:
+        return matrix_BNC.mT @ matrix_BNC
+    result_BCC = matrix_BNC.new_empty((len(matrix_BNC), n_columns, n_columns))
+    parts = [range(n_columns)[i * n_columns // 4 : (i + 1) * n_columns // 4] for i in range(4)]
+    for i, part in enumerate(parts):
+        rows, columns = slice(part.start, part.stop), slice(part.start, n_columns)
+        strip_BPC = matrix_BNC[:, :, rows].mT @ matrix_BNC[:, :, columns]
+        result_BCC[:, rows, columns] = strip_BPC
+        if i + 1 < len(parts):
+            result_BCC[:, part.stop :, rows] = strip_BPC[:, :, len(part) :].mT
+    return result_BCC
+
+
 def polar(matrix_BNC: Float[Tensor, "B N C"], dtype: torch.dtype) -> Polar:
     """U V^T of M = U S V^T for N >= C in `dtype`, with singular directions at or below rounding left out.
 
-    Well-conditioned matrices by (M^T M)^(-1/2) in `dtype`, one eigendecomposition of size C; others by SVD in M's own.
-    Nearly square ones go there at once: the smallest singular value of a square matrix without structure is about 1/C.
+    By (M^T M)^(-1/2), one eigendecomposition of size C: in `dtype` where M is well-conditioned, otherwise in float64 if
+    M came so, otherwise by SVD. Nearly square ones are not tried in float32: the smallest singular value of a square
+    matrix without structure is about 1/C of the largest.
     """
     n_rows, n_columns = matrix_BNC.shape[1:]
-    if n_rows * 4 >= n_columns * 5:
-        narrow_BNC = matrix_BNC.to(dtype)
-        values_BC, vectors_BCC = torch.linalg.eigh(narrow_BNC.mT @ narrow_BNC)
-        if bool((values_BC[:, 0] > POLAR_CONDITION * values_BC[:, -1]).all()):
+    tried = [dtype] if n_rows * 4 >= n_columns * 5 else []
+    tried += [torch.float64] if matrix_BNC.dtype == torch.float64 and torch.float64 not in tried else []
+    for precision in tried:
+        values_BC, vectors_BCC = torch.linalg.eigh(gram(matrix_BNC.to(precision)))
+        if bool((values_BC[:, 0] > POLAR_CONDITION[precision] * values_BC[:, -1]).all()):
             root_BC = values_BC.sqrt()
-            return Polar(narrow_BNC, (vectors_BCC / root_BC[:, None]) @ vectors_BCC.mT, root_BC)
+            right_BCC = (vectors_BCC / root_BC[:, None]) @ vectors_BCC.mT
+            if precision != dtype:  # ill-conditioned: both factors are large and cancel, so they are joined first
+                return Polar((matrix_BNC @ right_BCC).to(dtype), _identity_like(right_BCC, dtype), root_BC.to(dtype))
+            return Polar(matrix_BNC.to(dtype), right_BCC, root_BC)
     left_BNC, values_BC, right_BCC = torch.linalg.svd(matrix_BNC, full_matrices=False)
     values_BC = values_BC * _above_rounding(values_BC, dtype)
     return Polar((left_BNC * (values_BC > 0)[:, None]).to(dtype), right_BCC.to(dtype), values_BC.to(dtype))
@@ -166,7 +190,7 @@ def leading_part(
 
 def _leading_right(matrix_BNC: Tensor, rank: int) -> Tensor | None:
     """An orthonormal basis of the leading right singular directions, or None where the Gram matrix hides them."""
-    values_BC, vectors_BCC = torch.linalg.eigh(matrix_BNC.mT @ matrix_BNC)
+    values_BC, vectors_BCC = torch.linalg.eigh(gram(matrix_BNC))
     if not bool((values_BC[:, -rank] > LEADING_CONDITION * values_BC[:, -1]).all()):
         return None
     wide_BNC, vectors_BCC, values_BC = matrix_BNC.double(), vectors_BCC.double(), values_BC.double()
@@ -176,13 +200,20 @@ def _leading_right(matrix_BNC: Tensor, rank: int) -> Tensor | None:
     for _ in range(REFINEMENTS):
         image_BCR = wide_BNC.mT @ (wide_BNC @ head_BCR)
         ritz_BR, turn_BRR = torch.linalg.eigh(head_BCR.mT @ image_BCR)
+        head_BCR = head_BCR @ turn_BRR
+        # The residual, not the image: bases from float32 are orthogonal to each other to 1e-6 only.
+        residual_BCR = image_BCR @ turn_BRR - head_BCR * ritz_BR[:, None, :]
         gap_BTR = (ritz_BR[:, None, :] - values_BC[:, :-rank, None]).clamp_min(smallest_B11)
-        rotation_BTR = tail_BCT.mT @ (image_BCR @ turn_BRR) / gap_BTR
-        head_BCR, _ = torch.linalg.qr(head_BCR @ turn_BRR + tail_BCT @ rotation_BTR)
+        rotation_BTR = tail_BCT.mT @ residual_BCR / gap_BTR
+        head_BCR, _ = torch.linalg.qr(head_BCR + tail_BCT @ rotation_BTR)
         if float(rotation_BTR.abs().max()) < SMALL_ROTATION:
             return head_BCR
         tail_BCT = tail_BCT - head_BCR @ (head_BCR.mT @ tail_BCT)
     return None
+
+
+def _identity_like(matrix_BCC: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.eye(matrix_BCC.shape[1], dtype=dtype, device=matrix_BCC.device).expand(matrix_BCC.shape)
 
 
 def _above_rounding(values_BC: Tensor, dtype: torch.dtype) -> Tensor:
