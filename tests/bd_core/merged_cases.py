@@ -143,11 +143,11 @@ class Pooled(nn.Module):
         return self.tower(pixel_values=pixels).pooler_output
 
 
-def timm_vit() -> tuple[nn.Module, Tensor]:
+def timm_vit(depth: int = 2) -> tuple[nn.Module, Tensor]:
     import timm
 
     vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=5
     )
     return vit, torch.randn(5, 3, 16, 16)
 
