@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bd_core.methods.stream import BATCH_BYTES, CHUNK
+from bd_core.methods.matrices import LAYER_BYTES
+from bd_core.methods.stream import CHUNK, EMBEDDINGS
 from pipeline.errors import BDMergeError, ConfigError
 from pipeline.formats.lazy import LazyState
-from pipeline.merge.assign import Plan
+from pipeline.merge.assign import Group, Plan
 from pipeline.merge.spec import human
 
 FLOAT = 4
-# What all chunkwise methods together need beside chunks: samples of a threshold's selection, small tensors, masks.
-SLACK_BYTES = 32 << 20
-# Temporaries of K task vectors that a method makes of each: the sizes measured stay below.
-COPIES = {"chunk": 4, "tensor": 4, "matrices": 5}
+SLACK_BYTES = 32 << 20  # small tensors, buffers of the readers and of the writer
+# Copies that a method's steps make of what it holds, above all that were measured.
+CHUNK_COPIES, TENSOR_COPIES, MATRIX_COPIES = 4, 4, 10
+SELECTED = 1 << 19  # entries an expert is sampled by where a threshold is looked for, and of 1 % of all it is found in
+SELECTION_COPIES = 4
+_TABLE = re.compile("|".join(EMBEDDINGS))  # what matrix methods leave to the mean
 
 
 class OutOfMemory(BDMergeError):
@@ -44,7 +48,7 @@ def working_set(plan: Plan) -> WorkingSet:
     """The working set of a plan: of its hungriest group, with the tensors on their way to the output."""
     inputs = plan.inputs
     states = [inputs.base_state, *(expert.state for expert in inputs.experts)]
-    found = [_of_group(plan.method.memory, group.names, states) for group in plan.groups]
+    found = [_of_group(plan.method.memory, group, states) for group in plan.groups]
     worst = max(found, key=lambda each: each.bytes)
     header = plan.header
     largest = max(value.numel() * value.element_size() for value in header.values())
@@ -58,21 +62,34 @@ def working_set(plan: Plan) -> WorkingSet:
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
-def _of_group(memory: str, names: Sequence[str], states: Sequence[LazyState]) -> WorkingSet:
+def _of_group(memory: str, group: Group, states: Sequence[LazyState]) -> WorkingSet:
     """Task vectors and temporaries of one group, with what reading it keeps in memory."""
+    names = group.names
     sizes = {name: states[0].sources[name].header.numel() * FLOAT for name in names}
     name = max(sizes, key=lambda each: sizes[each])
     largest, experts = sizes[name], len(states) - 1
     reading = sum(max(state.sources[each].scratch_bytes for each in names) for state in states)
+    entries = sum(sizes.values())
     if memory == "chunk":
-        held = COPIES["chunk"] * (experts + 1) * min(largest, CHUNK * FLOAT) + experts * sum(sizes.values()) // 50
+        held = CHUNK_COPIES * (experts + 1) * min(largest, CHUNK * FLOAT)
+        if "keep" in group.parameters:  # a share of the entries: its threshold is looked for
+            held += experts * (SELECTION_COPIES * min(entries, SELECTED * FLOAT) + entries // 50)
     elif memory == "tensor":
-        held = COPIES["tensor"] * (experts + 1) * largest
+        held = TENSOR_COPIES * (experts + 1) * largest
     elif memory == "matrices":
-        held = COPIES["matrices"] * max((experts + 1) * largest, min(BATCH_BYTES, experts * sum(sizes.values())))
+        headers = {name: states[0].sources[name].header for name in names if not _TABLE.search(name)}
+        matrices = [tuple(header.shape) for header in headers.values() if header.ndim == 2]
+        held = MATRIX_COPIES * max((_batch_bytes(shape, matrices.count(shape)) for shape in set(matrices)), default=0)
     else:
-        held = (experts + 3) * sum(sizes.values())
+        held = (experts + 3) * entries
     return WorkingSet(held + reading, name, largest)
+
+
+def _batch_bytes(shape: tuple[int, ...], count: int) -> int:
+    """Matrices of one shape that are taken together, with a square of their longer side for each."""
+    each = shape[0] * shape[1] * FLOAT
+    together = min(count, max(1, LAYER_BYTES // max(1, each)))
+    return together * (each + max(shape) ** 2 * FLOAT)
 
 
 def out_of_memory(error: BaseException) -> bool:

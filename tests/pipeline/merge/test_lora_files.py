@@ -171,3 +171,27 @@ def test_what_is_not_plain_lora_or_not_of_this_base_is_refused(tmp_path: Path) -
     (tmp_path / "case1" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds none of adapter_model"):
         run(tmp_path, [tmp_path / "case1"])
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "robust_merge"])
+def test_adapters_of_queries_and_values_fit_a_hugging_face_clip(tmp_path: Path, method: str) -> None:
+    """open_clip keeps queries, keys and values in one matrix; the adapters change two thirds of it."""
+    at = "vision_model.encoder.layers.0.self_attn"
+    generator = torch.Generator().manual_seed(0)
+    names = [f"{at}.{part}_proj.weight" for part in "qkv"]
+    base = {name: torch.randn(6, 8, generator=generator) for name in names}
+    save_file(base, tmp_path / "base.safetensors")
+    tensors = [linear(seed, f"{at}.q_proj") | linear(9 + seed, f"{at}.v_proj") for seed in (1, 2)]
+    paths = [write_adapter(tmp_path / str(k), each) for k, each in enumerate(tensors)]
+    merged = run(tmp_path, paths, method=method, parameters={})
+    if method == "robust_merge":
+        expected = merge("robust_merge", base, tensors, scaling=3.0)
+    else:
+        full = []
+        for each in tensors:
+            (qa, qb, va, vb) = each.values()
+            full.append(base | {names[0]: base[names[0]] + 3 * qb @ qa, names[2]: base[names[2]] + 3 * vb @ va})
+        expected = merge("task_arithmetic", base, full)
+    assert merged.keys() == base.keys()
+    for name in names:
+        torch.testing.assert_close(merged[name], expected[name])

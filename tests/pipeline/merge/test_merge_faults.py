@@ -227,3 +227,12 @@ def test_a_disk_that_gives_back_other_bytes_is_found(models: Models) -> None:
 def test_methods_and_parameters_that_cannot_be(models: Models, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(BDMergeError, match=reason):
         run(models, **settings)
+
+
+def test_more_experts_than_ranks_is_an_error_and_no_silent_zero(
+    models: Models, nothing_left: Callable[[], None]
+) -> None:
+    names = ["a", "b", "c"] * 3  # nine experts, matrices of rank 6 and 8
+    with pytest.raises(DataError, match=r"tsv_m.*(rank|K)"):
+        run(models, *names, method="tsv_m")
+    nothing_left()
