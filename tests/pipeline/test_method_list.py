@@ -1,12 +1,15 @@
 """Which methods are compared with: any list, each with what it needs, every fault told before any work."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from bd_core.methods import METHODS
+from pipeline.config import load_yaml, parse
 from pipeline.stages.method_list import BaselinesSpec, entry_of
+from pipeline.workflow import Config
 
 
 def fault(**methods: dict[str, Any]) -> str:
@@ -72,3 +75,10 @@ def test_a_row_needs_what_its_settings_ask_for(name: str, given: dict[str, Any],
 )
 def test_a_fault_says_what_to_do(methods: dict[str, Any], said: str) -> None:
     assert said in fault(**methods)
+
+
+def test_the_configuration_of_all_methods_names_every_one() -> None:
+    path = Path(__file__).parents[2] / "configs" / "all_methods.yaml"
+    config = parse(Config, load_yaml(path, ["store=store"]), str(path))
+    named = {entry.method.name for entry in config.baselines.entries()}
+    assert named == {name for name, method in METHODS.items() if method.experts == "checkpoints"}
