@@ -129,7 +129,8 @@ class Output:
         sharded = len(self._base.files) > 1 and all(f.file.path.suffix == ".safetensors" for f in self._base.files)
         for file in self._base.files if sharded else self._base.files[:1]:
             names = file.sources if sharded else self._headers
-            path = self._hidden / (file.file.path.name if sharded else "model.safetensors")
+            own = file.file.path.name
+            path = self._hidden / (own if own.endswith(".safetensors") else "model.safetensors")
             writer = SafetensorsWriter(path, {name: self._headers[name] for name in names}, metadata)
             self._writers |= dict.fromkeys(names, writer)
         _copy_small(self._base.files[0].file.path.parent, self._hidden, with_index=sharded)
