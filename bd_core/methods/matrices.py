@@ -147,8 +147,7 @@ def polar(matrix_BNC: Float[Tensor, "B N C"], dtype: torch.dtype) -> Polar:
     M came so, otherwise by SVD. Nearly square ones are not tried in float32: the smallest singular value of a square
     matrix without structure is about 1/C of the largest.
     """
-    n_rows, n_columns = matrix_BNC.shape[1:]
-    tried = [dtype] if n_rows * 4 >= n_columns * 5 else []
+    tried = [] if _nearly_square(matrix_BNC) else [dtype]
     tried += [torch.float64] if matrix_BNC.dtype == torch.float64 and torch.float64 not in tried else []
     for precision in tried:
         values_BC, vectors_BCC = torch.linalg.eigh(gram(matrix_BNC.to(precision)))
@@ -177,8 +176,10 @@ def leading_part(
     if rank < matrix_BNC.shape[2]:
         right_BCR = _leading_right(matrix_BNC, rank)
         if right_BCR is not None:
-            left_BNR, core_BRR = torch.linalg.qr(matrix_BNC.double() @ right_BCR)
-            return left_BNR, core_BRR.to(matrix_BNC.dtype), right_BCR
+            # On the long side bases of several matrices stay far from singular: float32 is enough there.
+            precision = torch.float64 if _nearly_square(matrix_BNC) else matrix_BNC.dtype
+            left_BNR, core_BRR = torch.linalg.qr(matrix_BNC.to(precision) @ right_BCR.to(precision))
+            return left_BNR.double(), core_BRR.to(matrix_BNC.dtype), right_BCR
     left_BNC, values_BC, rows_BCC = torch.linalg.svd(matrix_BNC, full_matrices=False)
     directions_BR = _above_rounding(values_BC, values_BC.dtype)[:, :rank]
     return (
@@ -210,6 +211,10 @@ def _leading_right(matrix_BNC: Tensor, rank: int) -> Tensor | None:
             return head_BCR
         tail_BCT = tail_BCT - head_BCR @ (head_BCR.mT @ tail_BCT)
     return None
+
+
+def _nearly_square(matrix_BNC: Tensor) -> bool:
+    return matrix_BNC.shape[1] * 4 < matrix_BNC.shape[2] * 5
 
 
 def _identity_like(matrix_BCC: Tensor, dtype: torch.dtype) -> Tensor:

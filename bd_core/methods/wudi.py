@@ -27,6 +27,7 @@ __all__ = ["OUTSIDE_BLOCKS", "wudi", "wudi_exact"]
 
 # The released code merges the matrices of attention and MLP only; here by what they are not, so that any naming works.
 OUTSIDE_BLOCKS = (*EMBEDDINGS, *PROJECTIONS)
+BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults, which the released code keeps
 
 
 def wudi(
@@ -55,11 +56,14 @@ def wudi(
         raise ValueError(f"wudi: learning_rate={learning_rate} must be above 0")
 
     def solve(gram_BII: Tensor, product_BOI: Tensor, start_BOI: Tensor) -> Tensor:
-        optimiser = torch.optim.Adam([start_BOI], lr=learning_rate)
-        # The factor 2 of the gradient stays: Adam's epsilon is absolute, so the scale of the gradient counts.
-        for _ in range(steps):
-            start_BOI.grad = torch.baddbmm(product_BOI, start_BOI, gram_BII, beta=-2, alpha=2)
-            optimiser.step()
+        mean_BOI, square_BOI = torch.zeros_like(start_BOI), torch.zeros_like(start_BOI)
+        for t in range(1, steps + 1):
+            # The factor 2 of the gradient stays: Adam's epsilon is absolute, so the scale of the gradient counts.
+            gradient_BOI = torch.baddbmm(product_BOI, start_BOI, gram_BII, beta=-2, alpha=2)
+            mean_BOI.lerp_(gradient_BOI, 1 - BETAS[0])
+            square_BOI.mul_(BETAS[1]).addcmul_(gradient_BOI, gradient_BOI, value=1 - BETAS[1])
+            root_BOI = square_BOI.sqrt().div_((1 - BETAS[1] ** t) ** 0.5).add_(ADAM_EPSILON)
+            start_BOI.addcdiv_(mean_BOI, root_BOI, value=-learning_rate / (1 - BETAS[0] ** t))
         return start_BOI
 
     return _merge(base, experts, exclude, budget_bytes, solve)
