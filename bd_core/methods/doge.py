@@ -55,7 +55,7 @@ def doge(
     released form, which FusionBench has, too (both pick their matrices by Hugging Face names; open_clip's joint
     attention weight is one matrix here and three there). The settings are theirs.
     Cost: K + 1 symmetric eigenvalue problems a matrix, then 4 K + 4 R multiply-adds an entry and step; memory: the
-    task vectors of a batch of matrices and four more of their size, in float32 (float64 stays).
+    task vectors of a batch of matrices and as much again at K = 8, in float32 (float64 stays).
     """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"doge: keep={keep} must lie in (0, 1]")
@@ -76,18 +76,12 @@ def doge(
                     "leave that matrix out or merge fewer experts"
                 )
         least_K = _least_kept(base, experts, names, keep)
-        # Adam's three tensors, delta and its gradient stand beside the task vectors.
-        for batch in same_shape(base, names, len(experts) + 5, BATCH_BYTES // 2):
-            vectors_MKOI = _stacked(base, experts, batch)
-            lambda_MK = _lambdas(vectors_MKOI, scale)
-            shared_MOR = _shared_subspace(vectors_MKOI, subspace)
-            delta_MOI = _minimised(vectors_MKOI, lambda_MK, shared_MOR, steps, learning_rate)
-            for m, name in enumerate(batch):
-                step_OI = torch.zeros_like(delta_MOI[m])
-                for k, tau_OI in enumerate(vectors_MKOI[m]):
-                    mask_OI = tau_OI.abs() >= least_K[k]
-                    step_OI += lambda_MK[m, k] * mask_OI * (tau_OI + delta_MOI[m])
+        # Adam's three tensors, delta and its gradient stand beside the task vectors. One large matrix fills a device.
+        for batch in same_shape(base, names, len(experts) + 5, BATCH_BYTES // 8):
+            moved = _steps(_stacked(base, experts, batch), least_K, scale, subspace, steps, learning_rate)
+            for name, step_OI in zip(batch, moved, strict=True):
                 yield name, finish(base[name], step_OI)
+            del moved, step_OI  # not held while the next matrices are read
         rest = sorted(set(merged_names(base)) - set(names))
         # Read nonetheless: an expert that is not finite is refused wherever it is.
         yield from entrywise(base, experts, rest, lambda vectors_Kn, name, start: torch.zeros_like(vectors_Kn[0]))
@@ -96,8 +90,29 @@ def doge(
     return stream()
 
 
+def _steps(
+    vectors_MKOI: Float[Tensor, "M K O I"],
+    least_K: Float[Tensor, " K"],
+    scale: float,
+    subspace: int,
+    steps: int,
+    learning_rate: float,
+) -> Float[Tensor, "M O I"]:
+    """sum_k lambda_k mask_k (tau_k + delta)."""
+    lambda_MK = _lambdas(vectors_MKOI, scale)
+    shared_MOR = _shared_subspace(vectors_MKOI, subspace)
+    delta_MOI = _minimised(vectors_MKOI, lambda_MK, shared_MOR, steps, learning_rate)
+    step_MOI = torch.zeros_like(delta_MOI)
+    for k, tau_MOI in enumerate(vectors_MKOI.unbind(1)):
+        mask_MOI = tau_MOI.abs() >= least_K[k]
+        step_MOI += lambda_MK[:, k, None, None] * mask_MOI * (tau_MOI + delta_MOI)
+    return step_MOI
+
+
 def _stacked(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Float[Tensor, "M K O I"]:
     first = expert_vectors(base, experts, names[0])
+    if len(names) == 1:
+        return first[None]
     stacked = first.new_empty((len(names), *first.shape))
     for m, name in enumerate(names):
         stacked[m] = first if m == 0 else expert_vectors(base, experts, name)
@@ -166,7 +181,7 @@ def _minimised(
     gradient at row o is sum_j -2 L (c_jo - L <tau_j[o], delta[o]>) tau_j[o]; a step needs no graph.
     """
     total_MOI = torch.einsum("mk,mkoi->moi", lambda_MK, vectors_MKOI)
-    c_MKO = vectors_MKOI.square().sum(3) - torch.einsum("mkoi,moi->mko", vectors_MKOI, total_MOI)
+    c_MKO = torch.stack([(tau_MOI * (tau_MOI - total_MOI)).sum(2) for tau_MOI in vectors_MKOI.unbind(1)], dim=1)
     weight_M11 = lambda_MK.sum(1)[:, None, None]
     delta_MOI = torch.zeros_like(total_MOI)
     optimiser = torch.optim.Adam([delta_MOI], lr=learning_rate)
