@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from bd_core.methods import METHODS, Method
-from bd_core.methods.registry import find_method
+from bd_core.methods.registry import DATA, find_method
 from pipeline.errors import ConfigError
-from pipeline.merge.assign import Plan, collapsed
+from pipeline.merge.assign import FROM_ADAPTERS, Plan, collapsed
 from pipeline.merge.memory import working_set
 from pipeline.merge.run import Done
 from pipeline.merge.spec import human
@@ -23,10 +23,10 @@ def show_methods() -> None:
     """A row a method: what it needs, what it costs, where it is from and its defaults."""
     table = Table(title="merging methods", title_justify="left")
     for column in ("method", "needs", "cost", "defaults", "source"):
-        table.add_column(column, no_wrap=column == "method")
+        table.add_column(column, no_wrap=column == "method", overflow="fold")
     for method in METHODS.values():
         needs = method.need if method.experts == "checkpoints" else f"{method.need}; LoRA experts"
-        defaults = " ".join(f"{name}={value}" for name, value in settings(method).items()) or "–"
+        defaults = words(settings(method)) or "–"
         table.add_row(*map(escape, (method.name, needs, method.cost, defaults, method.source)))
     CONSOLE.print(table)
     CONSOLE.print(
@@ -58,11 +58,20 @@ def show_method(name: str) -> None:
 
 
 def settings(method: Method) -> dict[str, Any]:
-    """The defaults of what a user may set; the seed has an option of its own, data comes with the run."""
-    return {name: value for name, value in method.defaults.items() if name != "seed" and name not in _DATA}
+    """The defaults of what a user may set; the seed has an option of its own, the rest comes with data or adapters."""
+    told = {"seed", *DATA, *(FROM_ADAPTERS if method.experts == "adapters" else ())}
+    return {name: value for name, value in method.defaults.items() if name not in told}
 
 
-_DATA = ("grams", "squares", "logits", "batches", "validate")
+def words(parameters: Mapping[str, Any]) -> str:
+    """Parameters on a line: what changes no result is left out, long lists are counted."""
+    shown = {name: value for name, value in parameters.items() if name != "budget_bytes"}
+    return " ".join(f"{name}={_short(value)}" for name, value in shown.items())
+
+
+def _short(value: Any) -> str:
+    long = isinstance(value, tuple | list) and len(value) > 2
+    return f"[{len(value)} patterns]" if long and isinstance(value[0], str) else str(value)
 
 
 def show_plan(plan: Plan) -> None:
@@ -97,8 +106,8 @@ def show_plan(plan: Plan) -> None:
 def _gets(plan: Plan) -> list[tuple[str, str]]:
     found = [(name, f"the base's: {reason}") for name, reason in plan.copied.items()]
     for group in plan.groups:
-        words = " ".join(f"{key}={value}" for key, value in group.parameters.items())
-        found += [(name, f"{plan.method.name} {words}".strip()) for name in group.names]
+        gets = f"{plan.method.name} {words(group.parameters)}".strip()
+        found += [(name, gets) for name in group.names]
     return found
 
 
