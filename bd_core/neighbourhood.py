@@ -126,7 +126,7 @@ def radius_graph(
     each pair is multiplied once for both its edges. With one, self_rows[i] is the row of the base that is query i
     itself, or -1; None says no query is in the base. A query's duplicates are neighbours like any other. `product` is
     the dtype of the matrix product; with bfloat16 it picks candidates for the same edges. Memory beside in- and
-    output: the graph once more, and block_rows x BLOCK_COLUMNS cosines where the compiled kernel does not run.
+    output: the graph twice more, and block_rows x BLOCK_COLUMNS cosines where the compiled kernel does not run.
 
     Raises ValueError for empty, not finite or unnormalised features, shapes that do not fit, or min_cosine outside
     [-1, 1].
