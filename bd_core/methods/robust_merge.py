@@ -42,7 +42,7 @@ def robust_merge(
     as in PEFT: the base keeps its weights as [I, O] (GPT-2). Raises ValueError as `merge_adapters`, and for a module
     whose weight the base lacks or has in another shape.
 
-    Source: Zeng et al., RobustMerge, NeurIPS 2025; settings and formula: `merge_adapters`. Cost: one pass over the base;
+    Source: Zeng et al., RobustMerge, NeurIPS 2025; the rest: `merge_adapters`. Cost: one pass over the base;
     beside in- and output one module's factors.
     """
     check = _Settings(keep, top_rows, scale, _scalings(scaling, len(experts)))
