@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
         ),
         Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023", "two passes"),
         Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
-        Method("pcb", "PCB-Merging", pcb, "nothing", "PCB-Merging, NeurIPS 2024", "five passes"),
+        Method("pcb", "PCB-Merging", pcb, "nothing", "PCB-Merging, NeurIPS 2024", "three passes"),
         Method("model_stock", "Model Stock", model_stock, "nothing", "Model Stock, ECCV 2024", "two passes"),
         Method(
             "doge",
