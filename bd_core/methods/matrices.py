@@ -106,19 +106,18 @@ def right_solve(
     By Cholesky; where that fails or its pivots say that the matrix is singular to the rounding of `gram`'s dtype, by
     the pseudo-inverse from an eigendecomposition: directions at or below rounding get zero.
     """
-    wide_BII = gram_BII.double()
-    if wide_BII is gram_BII:
-        wide_BII = wide_BII.clone()
-    wide_BII.diagonal(dim1=1, dim2=2).add_(torch.as_tensor(ridge).to(wide_BII).reshape(-1, 1))
+    ridge_B = torch.as_tensor(ridge, dtype=torch.float64, device=gram_BII.device).expand(len(gram_BII))
+    rounding = GRAM_ROUNDING_EPS * torch.finfo(gram_BII.dtype).eps
     result = torch.empty_like(product_BOI)
-    for matrix_II, product_OI, out_OI in zip(wide_BII, product_BOI, result, strict=True):
-        rounding = GRAM_ROUNDING_EPS * torch.finfo(gram_BII.dtype).eps
-        factor_II, failed = torch.linalg.cholesky_ex(matrix_II)
-        pivots = factor_II.diagonal().square()
-        if not failed and bool(pivots.min() > rounding * pivots.max()):
+    for gram_II, own_ridge, product_OI, out_OI in zip(gram_BII, ridge_B, product_BOI, result, strict=True):
+        factor_II = _ridged(gram_II, own_ridge)
+        failed = torch.zeros((), dtype=torch.int32, device=factor_II.device)
+        torch.linalg.cholesky_ex(factor_II, out=(factor_II, failed))  # in place: the matrix may be large
+        pivots_I = factor_II.diagonal().square()
+        if not failed and bool(pivots_I.min() > rounding * pivots_I.max()):
             out_OI.copy_(torch.cholesky_solve(product_OI.double().mT, factor_II).mT)
             continue
-        values_I, vectors_II = torch.linalg.eigh(matrix_II)
+        values_I, vectors_II = torch.linalg.eigh(_ridged(gram_II, own_ridge))
         inverse_I = torch.where(values_I > rounding * values_I[-1].clamp_min(0), 1 / values_I, 0.0)
         out_OI.copy_((product_OI.double() @ vectors_II * inverse_I) @ vectors_II.mT)
     return result
@@ -211,6 +210,12 @@ def _leading_right(matrix_BNC: Tensor, rank: int) -> Tensor | None:
             return head_BCR
         tail_BCT = tail_BCT - head_BCR @ (head_BCR.mT @ tail_BCT)
     return None
+
+
+def _ridged(gram_II: Tensor, ridge: Tensor) -> Tensor:
+    matrix_II = gram_II.to(torch.float64, copy=True)
+    matrix_II.diagonal().add_(ridge)
+    return matrix_II
 
 
 def _nearly_square(matrix_BNC: Tensor) -> bool:
