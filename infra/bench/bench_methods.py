@@ -7,9 +7,10 @@ Each side runs in a process and environment of its own (infra/bench/peers says h
 checkpoints, K = 8. Sides take turns; a ratio is taken within a round, the median over rounds is printed with its
 quartiles. Memory is the process's highest resident size during a merge less its size before, over one model: what a
 merge needs beyond its inputs, the result included. The peers hold many models at once, so they are compared on the
-first `--layers` blocks of each tower; ours is measured on the whole model, too. The floor of entry-wise methods is
-the bytes that must be read and written at the measured copy rate; that of matrix methods the arithmetic that no dense
-algorithm avoids, at the measured rate of a matrix product.
+first `--layers` blocks of each tower; ours is measured on the whole model, too (matrix methods on a part of it). The
+floor of entry-wise methods is the bytes that must be read and written at the measured copy rate; that of matrix methods
+the products and decompositions of the plain dense algorithm, counted in infra/bench/methods_floor.py, at the rate of a
+matrix product.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from infra.bench.methods_floor import floor_seconds, measured_rates
+from infra.bench.methods_floor import MATRIX, floor_seconds, measured_rates
 from infra.bench.methods_scaling import scaling
 from infra.bench.peers.worker import shapes
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PYTHON", help="the interpreter of its environment")
     parser.add_argument("--layers", type=int, default=1, help="blocks of each tower beside the peers")
     parser.add_argument("--whole-layers", type=int, default=WHOLE, help="blocks of each tower for ours alone")
+    parser.add_argument("--matrix-layers", type=int, default=3, help="the same for matrix methods, linear in it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit-s", type=float, default=90.0, help="the longest a side may take for one merge")
     parser.add_argument("--only", default="", help="cases whose title holds this text")
@@ -253,30 +255,29 @@ def _beside(case: Case, sides: Mapping[str, Side], model_bytes: int, options: ar
 
 def whole_model(cases: list[Case], rates: Any, options: argparse.Namespace) -> list[str]:
     """One line a case: ours on the whole model, beside the floor."""
-    layers = options.whole_layers
     lines = [
         "",
-        f"## Ours on {layers} of {WHOLE} blocks a tower",
+        f"## Ours alone; {WHOLE} blocks a tower are the whole model",
         "",
-        "| method | s | floor s | times the floor | models beyond the inputs | target |",
-        "|---" * 6 + "|",
+        "| method | blocks | s | floor s | times the floor | models beyond the inputs | target |",
+        "|---" * 7 + "|",
     ]
     print("\n".join(lines), flush=True)
     with Side("ours", sys.executable, options.threads, memory_share=0.9) as side:
-        model_bytes = side.states(layers, EXPERTS)
-        for case in cases:
-            if not case.whole:
-                continue
+        layers = -1
+        for case in sorted((case for case in cases if case.whole), key=lambda case: case.method in MATRIX):
+            if layers != (layers := options.matrix_layers if case.method in MATRIX else options.whole_layers):
+                model_bytes = side.states(layers, EXPERTS)
             answers = [side.merge(case.method, case.parameters, 2 * options.limit_s)]
             if answers[0].get("seconds", 0.0) < 10.0:  # warm, where it is cheap
                 answers.append(side.merge(case.method, case.parameters, 2 * options.limit_s))
             if "failed" in answers[0]:
-                lines.append(f"| {case.title} | {answers[0]['failed']} | | | | |")
+                lines.append(f"| {case.title} | {layers} | {answers[0]['failed']} | | | | |")
             else:
                 seconds, floor = answers[-1]["seconds"], floor_seconds(case.method, shapes(layers), EXPERTS, rates)
                 memory = max((answer["peak_bytes"] or 0) for answer in answers) / model_bytes
                 lines.append(
-                    f"| {case.title} | {seconds:.2f} | {floor:.2f} | {seconds / floor:.1f} | {memory:.2f} | "
+                    f"| {case.title} | {layers} | {seconds:.2f} | {floor:.2f} | {seconds / floor:.1f} | {memory:.2f} | "
                     f"{MEMORY_TARGET} |"
                 )
             print(lines[-1], flush=True)

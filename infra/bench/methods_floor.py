@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Rates", "floor_seconds", "measured_rates"]
+__all__ = ["MATRIX", "Rates", "floor_seconds", "measured_rates"]
 
 FLOAT = 4
 # Readings of base and experts before the last entry can be written. Where something of a whole tensor or of the model
