@@ -20,6 +20,7 @@ __all__ = [
     "BATCH_BYTES",
     "CHUNK",
     "EMBEDDINGS",
+    "Altered",
     "Chunk",
     "Merged",
     "StateDict",
@@ -92,6 +93,28 @@ def finish(origin: Tensor, step: Tensor) -> Tensor:
     return (widened(origin) + step).to(origin.dtype)
 
 
+class Altered(Mapping[str, Tensor]):
+    """An expert whose task vector `alter(entries [n], name, first, stride)` changes in place as `chunks` reads it.
+
+    The entries are first, first + stride, ... of the flattened tensor. Reading by name gives the expert unchanged.
+    """
+
+    def __init__(self, expert: StateDict, alter: Callable[[Tensor, str, int, int], None]) -> None:
+        self.expert, self.alter = expert, alter
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.expert[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.expert
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.expert)
+
+    def __len__(self) -> int:
+        return len(self.expert)
+
+
 def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str], stride: int = 1) -> Iterator[Chunk]:
     """(name, first entry, task vectors [K, n]) of every flattened tensor, at most CHUNK entries at a time.
 
@@ -104,6 +127,7 @@ def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str], 
     for name in names:
         flat_base = base[name].detach().reshape(-1)
         flat_experts = [expert[name].detach().reshape(-1) for expert in experts]
+        first = 0
         if stride > 1:
             first, passed = -passed % stride, passed + len(flat_base)
             flat_base, *flat_experts = (flat[first::stride] for flat in (flat_base, *flat_experts))
@@ -122,6 +146,9 @@ def chunks(base: StateDict, experts: Sequence[StateDict], names: Sequence[str], 
                     vectors_Kn[k].copy_(flat[start : start + length]).sub_(origin)
             if not _finite(vectors_Kn):
                 _name_nonfinite(name, base, experts)
+            for expert, vector_n in zip(experts, vectors_Kn, strict=True):
+                if isinstance(expert, Altered):
+                    expert.alter(vector_n, name, first + start * stride, stride)
             yield name, start, vectors_Kn
 
 

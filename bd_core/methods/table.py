@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
             "task_arithmetic", "Task Arithmetic", task_arithmetic, "nothing", "Task Arithmetic, ICLR 2023", "one pass"
         ),
         Method("ties", "Ties-Merging", ties, "nothing", "TIES-Merging, NeurIPS 2023", "two passes"),
-        Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass and random masks", "tensor"),
+        Method("dare", "DARE", dare, "nothing", "DARE, ICML 2024", "one pass, or as Ties"),
         Method("pcb", "PCB-Merging", pcb, "nothing", "PCB-Merging, NeurIPS 2024", "three passes"),
         Method("model_stock", "Model Stock", model_stock, "nothing", "Model Stock, ECCV 2024", "two passes"),
         Method(
