@@ -53,8 +53,8 @@ class Method:
 
     @property
     def from_files(self) -> bool:
-        """Whether checkpoints alone are enough to merge."""
-        return self.need == "nothing" and self.result == "state"
+        """Whether checkpoints alone are enough to merge, if with less than it could use."""
+        return self.result == "state" and not DATA.intersection(self.required)
 
     def _parameters(self) -> list[inspect.Parameter]:
         return list(inspect.signature(self.function).parameters.values())[2:]

@@ -54,14 +54,36 @@ METHODS: dict[str, Method] = {
             experts="adapters",
         ),
         Method(
-            "tsv_m", "TSV-M", tsv_m, "nothing", "Task Singular Vectors, CVPR 2025", "K + 2 SVDs a matrix", "matrices"
+            "tsv_m",
+            "TSV-M",
+            tsv_m,
+            "nothing",
+            "Task Singular Vectors, CVPR 2025",
+            "K + 2 eigendecompositions a matrix",
+            "matrices",
         ),
-        Method("iso_c", "Iso-C", iso_c, "nothing", "No Task Left Behind, ICML 2025", "an SVD a matrix", "matrices"),
+        Method(
+            "iso_c",
+            "Iso-C",
+            iso_c,
+            "nothing",
+            "No Task Left Behind, ICML 2025",
+            "an eigendecomposition a matrix",
+            "matrices",
+        ),
         Method("wudi", "WUDI", wudi, "nothing", "WUDI-Merging, ICML 2025", "300 steps a matrix", "matrices"),
         Method(
             "wudi_exact", "WUDI exact", wudi_exact, "nothing", "ours, of WUDI's loss", "a solve a matrix", "matrices"
         ),
-        Method("ace", "ACE-Merging", ace, "nothing", "ACE-Merging, arXiv 2603.02945", "a solve a matrix", "matrices"),
+        Method(
+            "ace",
+            "ACE-Merging",
+            ace,
+            "nothing",
+            "ACE-Merging, arXiv 2603.02945",
+            "a solve a matrix, two passes",
+            "matrices",
+        ),
         Method(
             "regmean",
             "RegMean",

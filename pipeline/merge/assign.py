@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from bd_core.methods import METHODS, Method
-from bd_core.methods.registry import check_parameters, find_method
+from bd_core.methods.registry import DATA, check_parameters, find_method
 from pipeline.errors import ConfigError, DataError
 from pipeline.merge.adapters import adapter_settings
 from pipeline.merge.inputs import Inputs, check_layouts, matching, open_inputs
@@ -96,6 +96,8 @@ def known_method(name: str) -> Method:
 def _parameters(method: Method, spec: MergeSpec, own: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults, then the spec's parameters, then the group's own: known to the method and of the types it takes."""
     given = {**spec.parameters, **own}
+    if data := sorted(DATA.intersection(given)):
+        raise ConfigError(f"{method.name}: {data[0]} is data, which `bd-merge run` collects; leave it out")
     told = [name for name in FROM_ADAPTERS if name in given and method.experts == "adapters"]
     if told:
         raise ConfigError(f"{method.name}: {told[0]} is read off each adapter_config.json; leave it out")

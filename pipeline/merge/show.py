@@ -25,12 +25,12 @@ def show_methods() -> None:
     for column in ("method", "needs", "cost", "defaults", "source"):
         table.add_column(column, no_wrap=column == "method", overflow="fold")
     for method in METHODS.values():
-        needs = method.need if method.experts == "checkpoints" else f"{method.need}; LoRA experts"
+        needs = f"{method.need}; LoRA experts" if method.experts == "adapters" else _needs(method)
         defaults = words(settings(method)) or "–"
         table.add_row(*map(escape, (method.name, needs, method.cost, defaults, method.source)))
     CONSOLE.print(table)
     CONSOLE.print(
-        "bd-merge merge runs those that need nothing and give one model; bd-merge run CONFIG runs all, on data.\n"
+        "bd-merge merge runs those that can do with files alone; bd-merge run CONFIG runs all, on data.\n"
         "bd-merge methods NAME tells a method's formula, its defaults and where they come from.",
         highlight=False,
     )
@@ -44,6 +44,10 @@ _HOLDS = {
 }
 
 
+def _needs(method: Method) -> str:
+    return f"{method.need}, or nothing" if method.from_files and method.need != "nothing" else method.need
+
+
 def show_method(name: str) -> None:
     """One method's own words."""
     try:
@@ -51,7 +55,7 @@ def show_method(name: str) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     CONSOLE.print(f"{method.name}: {method.title} ({method.source})", markup=False, highlight=False)
-    text = f"needs {method.need}; {method.cost}; holds {_HOLDS[method.memory]} beside in- and output"
+    text = f"needs {_needs(method)}; {method.cost}; holds {_HOLDS[method.memory]} beside in- and output"
     CONSOLE.print(f"{text}\n\n{inspect.getdoc(method.function)}\n\n", markup=False, highlight=False)
     for key, value in settings(method).items():
         CONSOLE.print(f"  --set {key}={value}", markup=False, highlight=False)
