@@ -69,6 +69,7 @@ def make_tiny(root: Path) -> Tiny:
             },
         },
         "corrupt": {"corruptions": ["brightness", "contrast"], "levels": {"L1": 1, "L3": 5}},
+        "report": {"dark": False},
         "executor": {"kind": "serial"},
         "tracking": {"enabled": False},
     }

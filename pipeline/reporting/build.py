@@ -40,13 +40,14 @@ class Report:
     metrics: dict[str, float]
 
 
-def build_report(artefacts: Mapping[str, Sequence[Artefact]], run: Mapping[str, Any]) -> Report:
+def build_report(artefacts: Mapping[str, Sequence[Artefact]], run: Mapping[str, Any], *, dark: bool = True) -> Report:
     """The report of the given committed units.
 
     `run` is a run record or the known part of one (`run_id`, `name`, `created`, `config`, `git`, `versions`, `timing`,
-    `overhead`); every key may be missing. So may any stage: its section then says so. `DataError` on a damaged file.
+    `overhead`); every key may be missing. So may any stage: its section then says so. Without
+    `dark`, figures are drawn for light pages only. `DataError` on a damaged file.
     """
-    parts, numbers, gallery = Parts(artefacts), Numbers(), Gallery()
+    parts, numbers, gallery = Parts(artefacts), Numbers(), Gallery(dark=dark)
     results = read_results(parts)
     predictions = read_predictions(parts, results.unseen)
     outcomes = {protocol: verdict(results, predictions, protocol) for protocol in PROTOCOLS}

@@ -9,21 +9,24 @@ from matplotlib.figure import Figure
 from pipeline.reporting.markup import Html, tag
 from pipeline.reporting.style import DARK, LIGHT, Theme, render
 
+ON_DARK = "(prefers-color-scheme: dark)"
+
 
 @dataclass
 class Gallery:
-    """Light PNGs by name, to be written to `figures/<name>.png`; the page holds the light and the dark form."""
+    """Light PNGs by name, to be written to `figures/<name>.png`; the page holds them, and dark ones if wanted."""
 
     pictures: dict[str, bytes] = field(default_factory=dict)
+    dark: bool = True
 
     def add(self, name: str, draw: Callable[[Theme], Figure], alt: str, caption: object = "") -> Html:
         """The `<figure>` of a drawing, without any address outside the page."""
         assert name not in self.pictures, f"two figures are called {name}"
-        drawn = render(draw)
+        drawn = render(draw, (LIGHT, DARK) if self.dark else (LIGHT,))
         self.pictures[name] = drawn[LIGHT.name]
-        dark = tag("source", srcset=_data(drawn[DARK.name]), media="(prefers-color-scheme: dark)")
+        sources = [tag("source", srcset=_data(drawn[DARK.name]), media=ON_DARK)] if self.dark else []
         image = tag("img", src=_data(self.pictures[name]), alt=alt, loading="lazy")
-        picture = Html(f"<picture>{_void(dark)}{_void(image)}</picture>")
+        picture = Html(f"<picture>{''.join(map(_void, (*sources, image)))}</picture>")
         return tag("figure", picture, tag("figcaption", caption) if caption else Html(""), id=f"figure-{name}")
 
 

@@ -1,7 +1,7 @@
 """Colours, themes and the rendering of one figure; every picture of the report looks alike because of this file."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,15 +152,15 @@ def _applied(theme: Theme) -> Iterator[None]:
         yield
 
 
-def render(draw: Callable[[Theme], Figure]) -> dict[str, bytes]:
+def render(draw: Callable[[Theme], Figure], themes: Sequence[Theme] = THEMES) -> dict[str, bytes]:
     """PNG bytes of the figure that `draw` makes, by theme name.
 
-    No date or version inside: equal figures are equal bytes. Both themes hold the same texts and shapes, so the layout,
+    No date or version inside: equal figures are equal bytes. All themes hold the same texts and shapes, so the layout,
     which is half of the work, is solved once.
     """
     pictures: dict[str, bytes] = {}
     places: list[Bbox] | None = None
-    for theme in THEMES:
+    for theme in themes:
         with _applied(theme):
             figure = draw(theme)
             if places is not None:

@@ -26,8 +26,8 @@ class Lines(logging.Handler):
 
 
 def test_a_layer_without_a_batched_form_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Layer scale is a parameter that a module of open_clip uses itself.
-    vision = {**tiny.CLIP["vision_cfg"], "ls_init_value": 0.1}  # type: ignore[dict-item]
+    # open_clip's own attention multiplies by its joint weight itself.
+    vision = {**tiny.CLIP["vision_cfg"], "block_type": "custom", "qk_norm": True}  # type: ignore[dict-item]
     monkeypatch.setattr(tiny, "CLIP", {**tiny.CLIP, "vision_cfg": vision})
     project = tiny.make_tiny(tmp_path / "project")
     config = project.write(corrupt={"corruptions": ["brightness"], "levels": {"L1": 1}}, baselines={"methods": {}})
@@ -42,10 +42,10 @@ def test_a_layer_without_a_batched_form_is_told(tmp_path: Path, monkeypatch: pyt
     told = [line for line in lines.found if "torch.func" in line]
     stages = ("fit_router task", "fit_router layer", "evaluate bd_task", "evaluate bd_layer")
     assert sorted(line.partition(" merges")[0] for line in told) == sorted(stages)
-    assert all("ls_1 (LayerScale)" in line for line in told)
+    assert all("attn (Attention)" in line for line in told)
     store = Store(project.root / "store")
     evaluated = {unit.unit: unit for unit in read_record(store, record.run_id).artefacts(store)["evaluate"]}
-    assert "LayerScale" in evaluated["bd_layer"].report["notes"]["fallback_reason"]
+    assert "attn (Attention)" in evaluated["bd_layer"].report["notes"]["fallback_reason"]
     assert "fallback_reason" not in evaluated["pretrained"].report["notes"]
     metrics = json.loads(evaluated["bd_layer"].file("metrics.json").read_text(encoding="utf-8"))
     assert metrics["mode"] == "exact"
