@@ -25,10 +25,10 @@ def test_a_finished_run_pins_every_unit_and_says_what_made_it(finished_store: Fi
     assert "torch" in record.versions
     timed = [entry["stage"] for entry in record.timing]
     assert timed[0] == "executor start" and timed[-2:] == ["tracking", "total"]
-    assert set(timed[1:-2]) == {stage for stage, units in record.stages.items() if units}
-    assert {stage: len(units) for stage, units in record.artefacts(finished_store.store).items()} == {
-        stage: len(units) for stage, units in record.stages.items()
-    }
+    worked = {stage: len(units) for stage, units in record.stages.items() if units}  # an exact join needs no index
+    assert set(timed[1:-2]) == set(worked)
+    found = record.artefacts(finished_store.store)
+    assert {stage: len(units) for stage, units in found.items()} == worked
 
 
 def test_the_id_follows_from_what_counts(tiny_project: Tiny) -> None:
@@ -110,7 +110,8 @@ def test_doctor_finds_a_flipped_byte_of_equal_size_and_the_next_run_a_missing_on
     doctor = ["doctor", finished_copy.config, "--contents"]
     whole = bd_merge(*doctor, output=tmp_path / "output")
     assert whole.exit_code == 0, whole.output
-    assert "ok   contents: 50 units match" in whole.output
+    n_units = sum(1 for _ in finished_copy.store.units())
+    assert f"ok   contents: {n_units} units match" in whole.output
     (shard,) = finished_copy.path.glob("shard/low-train-00000-*")
     tar = bytearray((shard / "images.tar").read_bytes())
     tar[2000] ^= 1
