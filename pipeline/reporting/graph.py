@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.markup import Html, join, note, tag
@@ -138,6 +139,8 @@ def _draw_hubs(theme: Theme, degrees: Degrees) -> Figure:
     axes.axhline(float(ranked.mean()), color=theme.muted, linewidth=1, linestyle=":")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("samples, the one with the most neighbours first")
     axes.set_title("Neighbours of each sample, by rank; dotted: their mean")
     only_horizontal(axes)
