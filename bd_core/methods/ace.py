@@ -13,18 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, add_gram, expert_layers
-from bd_core.methods.stream import (
-    EMBEDDINGS,
-    Merged,
-    StateDict,
-    averaged,
-    finish,
-    matrix_names,
-    merged_names,
-    same_shape,
-    unmerged,
-)
+from bd_core.methods.matrices import LAYER_BYTES, add_gram, by_layers, expert_layers
+from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["EPSILON", "ace"]
 
@@ -83,12 +73,10 @@ def ace(
         raise ValueError(f"ace: rank_share={rank_share} must lie in (0, 1]")
 
     def merge() -> Merged:
-        matrices = matrix_names(base, exclude)
-        for names in same_shape(base, matrices, 1, budget_bytes):
-            for name, step_OI in zip(names, _steps(base, experts, names, settings), strict=True):
-                yield name, finish(base[name], step_OI)
-        yield from averaged(base, experts, [name for name in merged_names(base) if name not in set(matrices)])
-        yield from unmerged(base, experts)
+        def steps(names: list[str]) -> Tensor:
+            return _steps(base, experts, names, settings)
+
+        yield from by_layers(base, experts, matrix_names(base, exclude), budget_bytes, steps)
 
     return merge()
 

@@ -12,18 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, expert_layers, polar
-from bd_core.methods.stream import (
-    EMBEDDINGS,
-    Merged,
-    StateDict,
-    averaged,
-    finish,
-    matrix_names,
-    merged_names,
-    same_shape,
-    unmerged,
-)
+from bd_core.methods.matrices import LAYER_BYTES, by_layers, expert_layers, polar
+from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["iso_c"]
 
@@ -51,13 +41,10 @@ def iso_c(
         raise ValueError(f"iso_c: scale={scale} must be finite")
 
     def merge() -> Merged:
-        matrices = matrix_names(base, exclude)
-        for names in same_shape(base, matrices, 1, budget_bytes):
-            step_BOI = scale * _flattened(_total(base, experts, names))
-            for name, step_OI in zip(names, step_BOI, strict=True):
-                yield name, finish(base[name], step_OI)
-        yield from averaged(base, experts, [name for name in merged_names(base) if name not in set(matrices)])
-        yield from unmerged(base, experts)
+        def steps(names: list[str]) -> Tensor:
+            return scale * _flattened(_total(base, experts, names))
+
+        yield from by_layers(base, experts, matrix_names(base, exclude), budget_bytes, steps)
 
     return merge()
 

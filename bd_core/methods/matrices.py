@@ -5,14 +5,23 @@ Legend: B layers of equal shape, K experts, O output rows, I input columns, N ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.stream import Merged, StateDict, entrywise
+from bd_core.methods.stream import (
+    Merged,
+    StateDict,
+    averaged,
+    entrywise,
+    finish,
+    merged_names,
+    same_shape,
+    unmerged,
+)
 from bd_core.task_vectors import refuse_nonfinite, widened
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "PROJECTIONS",
     "Polar",
     "add_gram",
+    "by_layers",
     "expert_layers",
     "gram",
     "kept",
@@ -74,6 +84,23 @@ def expert_layers(
             if not bool(torch.isfinite(vectors_BOI).all()):
                 raise ValueError(f"expert {k}: a task vector of {', '.join(names)} overflows; its values are too large")
         yield vectors_BOI
+
+
+def by_layers(
+    base: StateDict,
+    experts: Sequence[StateDict],
+    matrices: Sequence[str],
+    budget_bytes: int,
+    steps: Callable[[list[str]], Iterable[Float[Tensor, "O I"]]],
+    rest: Callable[[StateDict, Sequence[StateDict], Sequence[str]], Merged] = averaged,
+) -> Merged:
+    """theta_0 + step of every matrix, `steps` taking equal-shaped ones together; `rest` of whatever else is merged."""
+    for names in same_shape(base, matrices, 1, budget_bytes):
+        for name, step_OI in zip(names, steps(names), strict=True):
+            yield name, finish(base[name], step_OI)
+    layers = set(matrices)
+    yield from rest(base, experts, [name for name in merged_names(base) if name not in layers])
+    yield from unmerged(base, experts)
 
 
 def kept(base: StateDict, experts: Sequence[StateDict], names: Sequence[str]) -> Merged:

@@ -18,7 +18,8 @@ __all__ = ["DATA", "Memory", "Method", "Need", "check_parameters", "find_method"
 StateDict = Mapping[str, Tensor]
 Need = Literal["nothing", "unlabelled activations", "unlabelled batches", "task labels", "labelled validation"]
 Memory = Literal["chunk", "tensor", "matrices", "model"]
-DATA = frozenset({"grams", "squares", "logits", "batches", "validate"})  # what a need is met with: no setting
+# What a need is met with, by whoever has the data: no setting.
+DATA = frozenset({"grams", "squares", "logits", "batches", "validate", "features", "merged", "search"})
 
 
 @dataclass(frozen=True)

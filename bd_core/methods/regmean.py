@@ -42,7 +42,8 @@ def regmean(
         regressed = check_grams("regmean", base, grams, exclude)
         for name in regressed:
             yield name, finish(base[name], _regression(base, experts, name, grams, diagonal_share))
-        yield from averaged(base, experts, [name for name in merged_names(base) if name not in set(regressed)])
+        done = set(regressed)
+        yield from averaged(base, experts, [name for name in merged_names(base) if name not in done])
         yield from unmerged(base, experts)
 
     return merge()

@@ -70,7 +70,6 @@ class Trimmed:
     def __init__(self, base: StateDict, experts: Sequence[StateDict], keep: float, trim: Trim) -> None:
         self.base, self.experts, self.keep, self.trim = base, experts, keep, trim
         self.names = merged_names(base)
-        self._of_tensor: tuple[str, Tensor] | None = None
         self._below: dict[tuple[str, torch.dtype], list[float]] = {}
 
     def apply(self, vectors_Kn: Float[Tensor, "K n"], name: str) -> Float[Tensor, "K n"]:
@@ -94,16 +93,10 @@ class Trimmed:
         """The largest number below each threshold."""
         key = ("" if self.trim == "global" else name, dtype)
         if key not in self._below:
-            bound_K = self._thresholds(name).to(dtype)
+            found_K = self._of_model if self.trim == "global" else self._found([name], at_least=1)
+            bound_K = found_K.to(dtype)
             self._below = {key: torch.nextafter(bound_K, torch.full_like(bound_K, -torch.inf)).tolist()}
         return self._below[key]
-
-    def _thresholds(self, name: str) -> Tensor:
-        if self.trim == "global":
-            return self._of_model
-        if self._of_tensor is None or self._of_tensor[0] != name:
-            self._of_tensor = (name, self._found([name], at_least=1))
-        return self._of_tensor[1]
 
     @cached_property
     def _of_model(self) -> Tensor:

@@ -12,18 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, expert_layers, leading_part, polar
-from bd_core.methods.stream import (
-    EMBEDDINGS,
-    Merged,
-    StateDict,
-    averaged,
-    finish,
-    matrix_names,
-    merged_names,
-    same_shape,
-    unmerged,
-)
+from bd_core.methods.matrices import LAYER_BYTES, by_layers, expert_layers, leading_part, polar
+from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["tsv_m"]
 
@@ -55,12 +45,11 @@ def tsv_m(
     def merge() -> Merged:
         matrices = matrix_names(base, exclude)
         _check_ranks(base, matrices, len(experts))
-        for names in same_shape(base, matrices, 1, budget_bytes):
-            step_BOI = scale * _orthogonal_sum(base, experts, names)
-            for name, step_OI in zip(names, step_BOI, strict=True):
-                yield name, finish(base[name], step_OI)
-        yield from averaged(base, experts, [name for name in merged_names(base) if name not in set(matrices)])
-        yield from unmerged(base, experts)
+
+        def steps(names: list[str]) -> Tensor:
+            return scale * _orthogonal_sum(base, experts, names)
+
+        yield from by_layers(base, experts, matrices, budget_bytes, steps)
 
     return merge()
 

@@ -11,17 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, PROJECTIONS, add_gram, expert_layers, kept, right_solve
-from bd_core.methods.stream import (
-    EMBEDDINGS,
-    Merged,
-    StateDict,
-    finish,
-    matrix_names,
-    merged_names,
-    same_shape,
-    unmerged,
-)
+from bd_core.methods.matrices import LAYER_BYTES, PROJECTIONS, add_gram, by_layers, expert_layers, kept, right_solve
+from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["OUTSIDE_BLOCKS", "wudi", "wudi_exact"]
 
@@ -105,12 +96,10 @@ def _merge(
     budget_bytes: int,
     solve: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Merged:
-    matrices = matrix_names(base, exclude)
-    for names in same_shape(base, matrices, 1, budget_bytes):
-        for name, step_OI in zip(names, solve(*_statistics(base, experts, names)), strict=True):
-            yield name, finish(base[name], step_OI)
-    yield from kept(base, experts, [name for name in merged_names(base) if name not in set(matrices)])
-    yield from unmerged(base, experts)
+    def steps(names: list[str]) -> Tensor:
+        return solve(*_statistics(base, experts, names))
+
+    yield from by_layers(base, experts, matrix_names(base, exclude), budget_bytes, steps, rest=kept)
 
 
 def _statistics(

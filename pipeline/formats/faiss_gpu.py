@@ -7,12 +7,11 @@ the radius, those that may have more, are completed on the CPU: exact whatever k
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.errors import ConfigError
-from pipeline.formats.faiss_index import FloatRows, range_search
+from pipeline.formats.faiss_index import FloatRows, graph_of, range_search
 
 K = 1024  # GPU indexes give 2048 at most
 
@@ -66,10 +65,4 @@ def completed(
         rest = range_search(index, queries[rows], least[rows].copy(), None if self_rows is None else self_rows[rows])
         parts.append((rows[rest.anchors().numpy()], rest.neighbours.numpy(), rest.cosine.numpy()))
     anchors, found, cosines = (np.concatenate(each) for each in zip(*parts, strict=True))
-    order = np.lexsort((found, anchors))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(anchors, minlength=len(queries)))])
-    return Neighbourhoods(
-        torch.from_numpy(offsets.astype(np.int64)),
-        torch.from_numpy(found[order].astype(np.int64)),
-        torch.from_numpy(cosines[order].astype(np.float32)),
-    )
+    return graph_of(anchors, found, cosines, len(queries))

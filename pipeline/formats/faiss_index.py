@@ -102,9 +102,15 @@ def range_search(
     keep = np.ones(len(anchors), dtype=bool) if self_rows is None else neighbours != self_rows[anchors]
     if radius.ndim:
         keep &= cosine >= radius[anchors]
-    anchors, neighbours, cosine = anchors[keep], neighbours[keep], cosine[keep]
+    return graph_of(anchors[keep], neighbours[keep], cosine[keep], len(queries))
+
+
+def graph_of(
+    anchors: NDArray[np.int64], neighbours: NDArray[np.int64], cosine: NDArray[np.float32], n_queries: int
+) -> Neighbourhoods:
+    """The graph of these hits, which come in any order, each once."""
     order = np.lexsort((neighbours, anchors))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(anchors, minlength=len(queries)))])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(anchors, minlength=n_queries))])
     return Neighbourhoods(
         torch.from_numpy(offsets.astype(np.int64)),
         torch.from_numpy(neighbours[order].astype(np.int64)),

@@ -22,6 +22,7 @@ from pipeline.formats.spans import Span
 from pipeline.merge.hashing import BLOCK_BYTES, hash_range
 from pipeline.merge.memory import TORCH_SUFFIXES
 from pipeline.merge.spec import human
+from pipeline.store.commit import flush
 
 MANIFEST_SUFFIX = ".json"
 SMALL_BYTES = 64 << 20  # configuration, tokenizer and the like that a model's folder has beside its weights
@@ -95,7 +96,7 @@ class Output:
             final = self.target / path.name if self._folder else self.target
             files.append({"path": str(final), "bytes": path.stat().st_size, "sha256": verify(path, headers, digests)})
         if self._folder:
-            _flush(self._hidden)
+            flush(self._hidden)
         return files
 
     def commit(self, manifest: str) -> Path:
@@ -103,7 +104,7 @@ class Output:
         beside = self.target.with_name(self.target.name + MANIFEST_SUFFIX)
         hidden = self._hidden.with_suffix(".manifest")
         hidden.write_text(manifest, encoding="utf-8")
-        _flush(hidden)
+        flush(hidden)
         replaced = None
         beside.unlink(missing_ok=True)  # a model without a manifest, never one with another's
         if self._folder and self.target.is_dir():
@@ -114,7 +115,7 @@ class Output:
         hidden.replace(beside)
         if replaced is not None:
             _remove(replaced)
-        _flush(self.target.parent)
+        flush(self.target.parent)
         return beside
 
     def _create(self, metadata: Mapping[str, str]) -> None:
@@ -224,11 +225,3 @@ def _copy_small(source: Path, target: Path, *, with_index: bool) -> None:
 def _remove(path: Path) -> None:
     remove: Callable[[Path], None] = shutil.rmtree if path.is_dir() else lambda each: each.unlink(missing_ok=True)
     remove(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

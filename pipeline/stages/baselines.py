@@ -36,7 +36,7 @@ class Baselines(Stage):
         train = of_split(inputs["shard"], "train")
         units = []
         entries = [entry for entry in self.spec.entries() if "after" not in entry.options]
-        for entry in sorted(entries, key=lambda entry: not entry.learns):
+        for entry in sorted(entries, key=lambda entry: not entry.uses_images):
             settings = settings_of(entry, self.seed or 0)
             given = [*inputs["base"], *inputs["experts"]]
             if entry.uses_activations:

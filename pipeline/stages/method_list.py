@@ -23,8 +23,7 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
     "adamerging": {},
     "twin_merging": {},
 }
-# What a runner provides beside what a need is met with; and what it is told itself, with the default.
-PROVIDED = DATA | {"features", "merged", "search"}
+# What a runner is told itself, with the default.
 OPTIONS: dict[str, dict[str, Any]] = {
     "surgery": {"after": "task_arithmetic"},  # the row whose model is corrected
     "wemoe": {"steps": 1000, "learning_rate": 1e-4},  # of its gates; FusionBench's
@@ -71,7 +70,7 @@ class Entry:
     @property
     def data(self) -> frozenset[str]:
         """What it is given beside checkpoints, by the names of the function's arguments."""
-        given = PROVIDED & {*self.method.required, *self.method.defaults}
+        given = DATA & {*self.method.required, *self.method.defaults}
         return given - {"grams"} if self.options.get("data_free") else given
 
     @property
@@ -93,11 +92,6 @@ class Entry:
     def per_sample(self) -> bool:
         """Whether it gives a model a sample, and no single one."""
         return self.method.result == "per sample"
-
-    @property
-    def learns(self) -> bool:
-        """Whether more than arithmetic on checkpoints is done, which takes long."""
-        return self.uses_images
 
 
 class BaselinesSpec(Spec):
@@ -153,7 +147,7 @@ def _checked(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             f"{name}: {entry.method.name} merges LoRA {entry.method.experts}, and a run's experts are whole "
             "checkpoints; merge adapters with `bd-merge merge`"
         )
-    if taken := sorted(PROVIDED & entry.parameters.keys()):
+    if taken := sorted(DATA & entry.parameters.keys()):
         raise ValueError(f"{name}: {', '.join(taken)} of {entry.method.name} comes from the run's data; leave it out")
     for key, default in OPTIONS.get(entry.method.name, {}).items():
         value = entry.options[key]

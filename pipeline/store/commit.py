@@ -42,9 +42,9 @@ def commit(
         produced = time.time()
         files = describe_files(temporary)
         for name in files:
-            _flush(temporary / name)
+            flush(temporary / name)
         for folder in temporary.rglob("*/"):
-            _flush(folder)
+            flush(folder)
         manifest = Manifest(
             stage=stage,
             unit=unit,
@@ -67,7 +67,7 @@ def commit(
             },
         )
         manifest.write(temporary)
-        _flush(temporary)
+        flush(temporary)
         _rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,10 +84,11 @@ def _rename(temporary: Path, target: Path) -> None:
         if not target.is_dir():
             raise
         shutil.rmtree(temporary)
-    _flush(target.parent)
+    flush(target.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Everything written to this file or directory is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
