@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bd_core.huge_pages import empty
 from bd_core.layer_groups import LayerGroups, layer_groups
 
 __all__ = [
@@ -87,12 +88,21 @@ def task_vectors(base: StateDict, experts: Sequence[StateDict]) -> TaskVectors:
     for name, origin in base.items():
         if is_merged(name, base, experts):
             wide = widened(origin)
-            vectors[name] = torch.stack([expert[name].detach().to(wide) - wide for expert in experts])
+            vectors[name] = _stacked(wide, [expert[name].detach() for expert in experts])
         else:
             constants[name] = origin.detach()
     if not vectors:
         raise ValueError("the base holds no floating-point tensor: nothing to merge")
     return TaskVectors(vectors, constants)
+
+
+def _stacked(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """Every expert's tensor minus the base's, in the base's dtype and on its device: [K, ...]."""
+    shape = (len(experts), *base.shape)
+    vectors = empty(shape, base.dtype) if base.device.type == "cpu" else base.new_empty(shape)
+    for vector, expert in zip(vectors, experts, strict=True):
+        torch.sub(expert.to(base), base, out=vector)
+    return vectors
 
 
 def add_task_vectors(

@@ -43,8 +43,8 @@ class Costs:
     call_stacked: float
 
 
-# Two cores, AVX2.
-CPU = Costs(form=0.027, multiply=0.015, stacked=0.015, read=0.047, call_tiles=25e3, call_stacked=60e3)
+# Two cores, AVX2, task vectors in huge pages: the median of five runs of bench_costs on an idle machine.
+CPU = Costs(form=0.030, multiply=0.018, stacked=0.0176, read=0.035, call_tiles=54e3, call_stacked=80e3)
 # Not measured: from the H200's data sheet, bf16 products on tensor cores (990 TFLOP/s), other arithmetic at 67 TFLOP/s,
 # memory at 4.8 TB/s; a launch at 5 us.
 CUDA = Costs(form=3e-5, multiply=2e-6, stacked=2e-6, read=2.1e-4, call_tiles=15e3, call_stacked=20e3)

@@ -52,13 +52,9 @@ static void outer(const float* dy, n_t dy_row, const float* x, n_t x_row, n_t T,
     std::memset(dtile, 0, sizeof(float) * blocks(width, PANEL) * PANEL * depth);
     for (n_t p = 0; p < width; p += PANEL, dtile += depth * PANEL) {
         const n_t n = least(PANEL, width - p);
-        const float* b = x + p;
-        if (n < PANEL) {
-            std::memset(edge, 0, sizeof(float) * T * PANEL);
-            for (n_t t = 0; t < T; ++t) std::memcpy(edge + t * PANEL, x + t * x_row + p, sizeof(float) * n);
-            b = edge;
-        }
-        panel(dy, 1, dy_row, b, n < PANEL ? PANEL : x_row, T, dtile, PANEL, depth);
+        if (n < PANEL) std::memset(edge, 0, sizeof(float) * T * PANEL);
+        for (n_t t = 0; t < T; ++t) copy(edge + t * PANEL, x + t * x_row + p, n);
+        panel(dy, 1, dy_row, edge, PANEL, T, dtile, PANEL, depth);
     }
 }
 

@@ -95,14 +95,21 @@ static inline void transpose(float* to, n_t to_row, const E* from, n_t from_row)
 // out_stride], zeros beyond the edge; one of the two strides is 1
 template <class E>
 static void pack(float* packed, const E* block, n_t depth_stride, n_t out_stride, n_t depth, n_t width) {
+    if (out_stride == 1) {
+        const n_t whole = width / PANEL * PANEL;
+        if (whole < width) std::memset(packed + whole * depth, 0, sizeof(float) * depth * PANEL);
+        for (n_t c = 0; c < depth; ++c, block += depth_stride) {
+            float* to = packed + c * PANEL;
+            for (n_t p = 0; p < whole; p += PANEL, to += depth * PANEL)
+                store(to, load(block + p)), store(to + VL, load(block + p + VL));
+            copy(to, block + whole, width - whole);
+        }
+        return;
+    }
     for (n_t p = 0; p < width; p += PANEL, packed += depth * PANEL) {
         const n_t n = least(PANEL, width - p);
         const E* from = block + p * out_stride;
         if (n < PANEL) std::memset(packed, 0, sizeof(float) * depth * PANEL);
-        if (out_stride == 1) {
-            for (n_t c = 0; c < depth; ++c) copy(packed + c * PANEL, from + c * depth_stride, n);
-            continue;
-        }
         const n_t by_eight_o = n / 8 * 8, by_eight_c = depth / 8 * 8;
         for (n_t o = 0; o < by_eight_o; o += 8)
             for (n_t c = 0; c < by_eight_c; c += 8)

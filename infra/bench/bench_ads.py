@@ -7,10 +7,12 @@
 Mean degree 50. "clusters": the neighbours of a row are in its own cluster of 200 rows, which lie anywhere, as samples
 of a kind do; "anywhere": neighbours are drawn from all rows, so that no cache helps. The floor counts 4 bytes for each
 class of each neighbour and of each anchor, and once more for each row, whose sum and largest entry are needed first,
-over the rate of a large copy in the same round, bytes read and written both counted there.
+over the rate of a large copy in the same round, bytes read and written both counted there. Large tensors lie in huge
+pages, evidence and copies alike, as `bd-merge` asks torch for (`pipeline/__init__.py`).
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from bd_core.quantile import quantile_of_parts
 from infra.bench.curves import Curve, picture
 from infra.bench.floors import RESULTS, PeakMemory, copy_bytes_per_s, machine, seconds, slug, spread
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first tensor
 CLASSES, DEGREE, CLUSTER = 758, 50, 200
 BUDGET_BYTES = 2**27
 QUICK, FULL, GPU = (20_000, 100_000), (100_000, 1_000_000, 10_000_000), (10_000_000, 100_000_000)

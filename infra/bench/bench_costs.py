@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from bd_core.huge_pages import empty
 from bd_core.merged.exact import _stacked, _tiled
 from bd_core.merged.kernel import kernel_name
 
@@ -24,7 +25,8 @@ ROUNDS = 9
 def main() -> None:
     """Measure and print."""
     torch.manual_seed(0)
-    base, vectors = torch.randn(N_OUTPUTS, N_INPUTS), torch.randn(N_EXPERTS, N_OUTPUTS, N_INPUTS)
+    base = torch.randn(N_OUTPUTS, N_INPUTS)
+    vectors = empty((N_EXPERTS, N_OUTPUTS, N_INPUTS), torch.float32).normal_()  # where `task_vectors` puts them
     weights = torch.softmax(torch.randn(N_SAMPLES, N_EXPERTS), -1)
     passes: dict[tuple[str, int], Callable[[], object]] = {}
     for n_tokens in TOKENS:
@@ -56,7 +58,7 @@ def main() -> None:
 
 def read_ns() -> float:
     """A byte."""
-    matrices = torch.ones(1 << 26)
+    matrices = empty((1 << 26,), torch.float32).fill_(1)
     return min(_seconds(matrices.sum, 1) for _ in range(ROUNDS)) * 1e9 / (4 * matrices.numel())
 
 

@@ -14,7 +14,8 @@ All forms run in turn; a ratio is taken within a round.
 
 The floor is what no implementation can avoid at equal output: every pass reads W_0 and the K task vectors once, at the
 rate at which this machine sums as many bytes in the same round, or does the products at the rate of its own largest
-one, whichever takes longer. What FusionBench takes over the floor is the largest ratio this machine allows.
+one, whichever takes longer. "Both" is what a pass takes that does not read while it multiplies: asking for the next
+block's lines during the products was measured and took as long, since the requests stall the products (two cores).
 """
 
 import argparse
@@ -35,7 +36,8 @@ from bd_core.merged.kernel import kernel_name
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, HIDDEN, TOKENS, EXPERTS = 768, 3072, 50, 8
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 128)
+MANY_ROUNDS = 3  # at the largest batch, where FusionBench takes seconds
 TARGET = 5.0
 SCALE = 0.3
 MATRICES = 2 * WIDTH * HIDDEN  # elements of both layers' weights
@@ -65,13 +67,14 @@ def main() -> None:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, kernel {kernel_name()}, fusion-bench 0.2.33",
         "",
         "| batch | what | plain ms | FusionBench ms | ours ms | FusionBench / ours | quartiles "
-        "| floor ms (by) | ours / floor | FusionBench / floor | difference |",
-        "|---" * 11 + "|",
+        "| reading ms | products ms | ours / longer | ours / both | FusionBench / both | difference |",
+        "|---" * 13 + "|",
     ]
     print("\n".join(lines), flush=True)
     for n_samples in BATCHES:
-        for what in ("forward", "step"):
-            lines.append(measure(n_samples, what, options.rounds))
+        # FusionBench's step at 128 was ended for want of memory (24 GiB): its graph keeps a model for every sample.
+        for what in ("forward", "step") if n_samples < max(BATCHES) else ("forward",):
+            lines.append(measure(n_samples, what, options.rounds if n_samples < max(BATCHES) else MANY_ROUNDS))
             print(lines[-1], flush=True)
     lines += ["", f"Target: at least {TARGET:g} times faster at equal output.", *bottleneck()]
     if options.save:
@@ -136,10 +139,10 @@ def measure(n_samples: int, what: str, rounds: int) -> str:
     n_bytes, n_flops = least(n_samples, what)
     reading = read * n_bytes / (4 * (EXPERTS + 1) * MATRICES)
     products = multiply * n_flops / (2 * 1024**3)
-    floor, by = max((reading, "reading"), (products, "products"))
     return (
         f"| {n_samples} | {what} | {plain:.0f} | {fusion:.0f} | {own:.0f} | {middle:.1f} | {low:.1f}–{high:.1f} | "
-        f"{floor:.1f} ({by}) | {own / floor:.1f} | {fusion / floor:.1f} | {difference:.0e} |"
+        f"{reading:.1f} | {products:.1f} | {own / max(reading, products):.1f} | {own / (reading + products):.1f} | "
+        f"{fusion / (reading + products):.1f} | {difference:.0e} |"
     )
 
 
@@ -170,8 +173,8 @@ def bottleneck() -> list[str]:
         "",
         f"W_0 and {EXPERTS} task vectors of both layers are {n_bytes / 1e6:.0f} MB; this machine reads them at "
         f"{n_bytes / took / 1e9:.1f} GB/s at best, in {1e3 * took:.1f} ms. A forward pass must read them once, a step "
-        f"{least(1, 'step')[0] / n_bytes:.2f} times. Where FusionBench / floor is below {TARGET:g}, no implementation "
-        f"with float32 task vectors meets the target on this machine.",
+        f"{least(1, 'step')[0] / n_bytes:.2f} times. Where FusionBench / both is below {TARGET:g}, only a pass that "
+        f"reads while it multiplies could meet the target on this machine with float32 task vectors.",
     ]
 
 
