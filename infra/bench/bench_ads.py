@@ -7,12 +7,11 @@
 Mean degree 50. "clusters": the neighbours of a row are in its own cluster of 200 rows, which lie anywhere, as samples
 of a kind do; "anywhere": neighbours are drawn from all rows, so that no cache helps. The floor counts 4 bytes for each
 class of each neighbour and of each anchor, and once more for each row, whose sum and largest entry are needed first,
-over the rate of a large copy in the same round, bytes read and written both counted there. Large tensors lie in huge
-pages, evidence and copies alike, as `bd-merge` asks torch for (`pipeline/__init__.py`).
+over the rate of a large copy in the same round, bytes read and written both counted there. Evidence lies in huge
+pages, as the stage `score` puts it, and what is copied for the floor does, too.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from unittest.mock import patch
@@ -23,12 +22,12 @@ from torch import Tensor
 from bd_core import edge_distance
 from bd_core.discrepancy import Discrepancy, adjacency_discrepancy, discrepancy, positive_quantile
 from bd_core.graph_kernel import graph_kernel_name
+from bd_core.huge_pages import empty
 from bd_core.neighbourhood import Neighbourhoods
 from bd_core.quantile import quantile_of_parts
 from infra.bench.curves import Curve, picture
 from infra.bench.floors import RESULTS, PeakMemory, copy_bytes_per_s, machine, seconds, slug, spread
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first tensor
 CLASSES, DEGREE, CLUSTER = 758, 50, 200
 BUDGET_BYTES = 2**27
 QUICK, FULL, GPU = (20_000, 100_000), (100_000, 1_000_000, 10_000_000), (10_000_000, 100_000_000)
@@ -188,7 +187,9 @@ def _csr(degree: Tensor, neighbours: Tensor) -> Neighbourhoods:
 
 def _alpha(n_rows: int, n_classes: int, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
-    return torch.rand(n_rows, n_classes, generator=generator, device=device).mul_(5).add_(1)
+    shape = (n_rows, n_classes)
+    alpha = empty(shape, torch.float32) if device.type == "cpu" else torch.empty(shape, device=device)
+    return alpha.uniform_(generator=generator).mul_(5).add_(1)
 
 
 def _measure(graph: Graph, n_classes: int, rounds: int, device: torch.device) -> tuple[float, float, int, str]:

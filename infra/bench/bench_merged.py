@@ -70,7 +70,7 @@ FULL = (
     Row("demo", 64, "step", ("exact", "low rank 16"), 4, 25),
     Row("demo", 144, "step", ("exact", "low rank 16"), 4, 25),
     Row("ViT-B-32", 16, "forward", ("exact", "low rank 16", "low rank 96", "grouped 4"), 8, 9),
-    Row("ViT-B-32", 128, "forward", ("exact", "low rank 16", "grouped 4"), 8, 3),
+    Row("ViT-B-32", 128, "forward", ("exact", "low rank 16", "grouped 4"), 8, 7),
     Row("ViT-B-32", 16, "step", ("exact", "low rank 16"), 8, 7),
     Row("ViT-B-32", 128, "step", ("exact", "low rank 16"), 8, 3),
 )

@@ -12,6 +12,8 @@ from types import TracebackType
 
 import torch
 
+from bd_core.huge_pages import empty
+
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_EVERY_S = 0.01
 
@@ -39,9 +41,11 @@ def matmul_flops_per_s(width: int, device: torch.device, dtype: torch.dtype = to
 
 
 def copy_bytes_per_s(device: torch.device, tries: int = 5) -> float:
-    """The best rate of a copy far larger than the caches, bytes read and bytes written both counted."""
-    source = torch.ones(2**26, device=device)
-    target = torch.zeros_like(source)
+    """The best rate of a copy far larger than the caches, bytes read and written both counted; huge pages on a CPU."""
+    source, target = (
+        empty((2**26,), torch.float32).fill_(1) if device.type == "cpu" else torch.ones(2**26, device=device)
+        for _ in range(2)
+    )
     best = min(seconds(lambda: target.copy_(source), device) for _ in range(tries + 1))
     return 2 * source.numel() * source.element_size() / best
 
