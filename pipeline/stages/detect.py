@@ -30,7 +30,7 @@ from pipeline.stages.fit_head import load_head
 from pipeline.stages.models import open_backbone
 from pipeline.stages.pool import Pool
 from pipeline.stages.predictors import Static, features_of
-from pipeline.stages.score import ScoreSpec, score_anchors
+from pipeline.stages.score import ScoreSpec, scored
 
 SIGNALS = ("u", "iec", "mean_ads")
 
@@ -79,7 +79,7 @@ class Detect(Stage):
                 )
             with torch.no_grad():
                 graph = self._graph(unit, features_AD)
-                columns, _, _ = score_anchors(pool, head, head(features_AD), graph, self._score)
+                columns, _ = scored(pool, head, head(features_AD), graph, self._score)
             samples = read_table(part.file("samples.parquet"), TEST_IMAGES, ["sample_id", "task"])
             level = pa.array([part.report["notes"]["level"]] * len(pixels), pa.string())
             named = {"sample_id": samples["sample_id"], "task": samples["task"], "level": level}
