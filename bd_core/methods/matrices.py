@@ -5,8 +5,10 @@ Legend: B layers of equal shape, K experts, O output rows, I input columns, N ro
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,6 +32,7 @@ __all__ = [
     "Polar",
     "add_gram",
     "by_layers",
+    "concurrently",
     "expert_layers",
     "gram",
     "kept",
@@ -54,6 +57,9 @@ MIRRORED_COLUMNS = 512
 # A rotation below this leaves a second-order error under float32's rounding.
 SMALL_ROTATION = 1e-3
 REFINEMENTS = 3
+
+
+Result = TypeVar("Result")
 
 
 class Polar(NamedTuple):
@@ -84,6 +90,30 @@ def expert_layers(
             if not bool(torch.isfinite(vectors_BOI).all()):
                 raise ValueError(f"expert {k}: a task vector of {', '.join(names)} overflows; its values are too large")
         yield vectors_BOI
+
+
+def concurrently(work: Callable[[Tensor], Result], layers: Iterable[Tensor], at_most: int) -> Iterator[Result]:
+    """`work` of every item, in order, each on one of torch's threads; an item may change once the next is asked for.
+
+    A decomposition of a layer's size gains little from a second thread, two decompositions beside each other all of
+    it. So results do not depend on the number of threads, either. Holds a copy of as many items as threads.
+    """
+    n_threads = min(torch.get_num_threads(), at_most)
+    if n_threads == 1:
+        yield from map(work, layers)
+        return
+    given = torch.get_num_threads()
+    running: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for layer in layers:
+                running.append(pool.submit(torch.no_grad()(work), layer.clone()))
+                if len(running) == n_threads:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            torch.set_num_threads(given)  # a worker's own setting becomes the default of threads to come
 
 
 def by_layers(

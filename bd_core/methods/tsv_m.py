@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, by_layers, expert_layers, leading_part, polar
+from bd_core.methods.matrices import LAYER_BYTES, by_layers, concurrently, expert_layers, leading_part, polar
 from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["tsv_m"]
@@ -71,16 +71,16 @@ def _orthogonal_sum(base: StateDict, experts: Sequence[StateDict], names: Sequen
     """
     n_rows, n_columns = base[names[0]].shape
     rank = min(n_rows, n_columns) // len(experts)
-    lefts, cores, rights = [], [], []
-    for vectors_BOI in expert_layers(base, experts, names):
-        long_BNC = vectors_BOI if n_rows >= n_columns else vectors_BOI.mT
-        left_BNR, core_BRR, right_BCR = leading_part(long_BNC, rank)
-        lefts.append(left_BNR)
-        cores.append(core_BRR)
-        rights.append(right_BCR)
+
+    def leading(vectors_BOI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return leading_part(vectors_BOI if n_rows >= n_columns else vectors_BOI.mT, rank)
+
+    parts = concurrently(leading, expert_layers(base, experts, names), len(experts))
+    lefts, cores, rights = (list(each) for each in zip(*parts, strict=True))
     # Bases of K experts that fill the space lie close to a singular matrix: their polar factors start from float64.
     dtype = cores[0].dtype
-    long, short = polar(torch.cat(lefts, 2), dtype), polar(torch.cat(rights, 2), dtype)
+    bases = (torch.cat(lefts, 2), torch.cat(rights, 2))
+    long, short = concurrently(lambda basis: polar(basis, dtype), bases, len(bases))
     # S V'^T = (S right_V^T) left_V^T: the small factors first, the long side once.
     blocks = torch.split(short.right.mT, rank, dim=1)
     middle = torch.cat([torch.bmm(core, rows) for core, rows in zip(cores, blocks, strict=True)], 1)

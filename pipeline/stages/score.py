@@ -49,7 +49,7 @@ class Score(Stage):
     """Scores every edge of one shard's neighbourhoods."""
 
     name: ClassVar[str] = "score"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[tuple[str, ...]] = ("embed", "fit_head", "neighbours")
     what: ClassVar[str] = "score uncertainty and adjacency discrepancy"
     spec: ScoreSpec

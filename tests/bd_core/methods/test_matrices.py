@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bd_core.methods.matrices import MIRRORED_COLUMNS, gram, leading_part, polar, right_solve
+from bd_core.methods.matrices import MIRRORED_COLUMNS, concurrently, gram, leading_part, polar, right_solve
 
 
 @pytest.mark.parametrize("columns", [3, MIRRORED_COLUMNS, MIRRORED_COLUMNS + 3])
@@ -52,3 +55,38 @@ def test_leading_part_of_equal_singular_values() -> None:
     left, core, right = leading_part(basis[None], 3)
     part = left[0] @ core[0].double() @ right[0].T
     assert torch.allclose(torch.linalg.svdvals(part), torch.tensor([1.0] * 3 + [0.0] * 5).double(), atol=1e-5)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    given = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(given)
+
+
+def reused(n_items: int) -> Iterator[Tensor]:
+    """One buffer for all items, as `expert_layers` gives them."""
+    buffer = torch.empty(4)
+    for i in range(n_items):
+        yield buffer.fill_(i)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_work_beside_each_other_keeps_order_and_items() -> None:
+    found = list(concurrently(lambda item: (torch.get_num_threads(), item.sum().item()), reused(7), at_most=7))
+    assert found == [(1, 4.0 * i) for i in range(7)]
+    assert torch.get_num_threads() == 2
+    assert torch.ones(3).sum() == 3
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_beside_other_work_arrives() -> None:
+    def fails(item: Tensor) -> float:
+        if item[0] == 2:
+            raise ValueError("layer 2 is singular")
+        return float(item[0])
+
+    with pytest.raises(ValueError, match="layer 2 is singular"):
+        list(concurrently(fails, reused(5), at_most=5))
+    assert torch.get_num_threads() == 2
