@@ -93,11 +93,7 @@ def range_search(
     """
     check_usable(index, "range_search")
     radius = np.asarray(min_cosine, dtype=np.float32)
-    found = [
-        (rows[anchors], neighbours, cosine)
-        for rows in _calls(index, radius, len(queries))
-        for anchors, neighbours, cosine in [_one_call(index, queries, radius, rows, probes)]
-    ]
+    found = [_one_call(index, queries, radius, rows, probes) for rows in _calls(index, radius, len(queries))]
     anchors, neighbours, cosine = (np.concatenate(each) for each in zip(*found, strict=True))
     keep = np.ones(len(anchors), dtype=bool) if self_rows is None else neighbours != self_rows[anchors]
     if radius.ndim:
@@ -118,23 +114,26 @@ def graph_of(
     )
 
 
-def _calls(index: Any, radius: NDArray[np.float32], n_queries: int) -> list[NDArray[np.int64]]:
+def _calls(index: Any, radius: NDArray[np.float32], n_queries: int) -> list[NDArray[np.int64] | slice]:
     """The queries of each call. Those with radii of their own go by likeness: a call searches with its widest one."""
-    order = np.argsort(radius, kind="stable") if radius.ndim else np.arange(n_queries)
     size = SIMILAR_RADII if radius.ndim else n_queries
     if type(index).__name__ == "IndexHNSWFlat":
         size = min(size, HNSW_QUERIES)
-    return [order[start : start + size] for start in range(0, n_queries, max(size, 1))]
+    runs = [slice(start, min(start + size, n_queries)) for start in range(0, n_queries, max(size, 1))]
+    if not radius.ndim:
+        return [*runs]  # runs of rows are not copied
+    order = np.argsort(radius, kind="stable")
+    return [order[run] for run in runs]
 
 
 def _one_call(
     index: Any,
     queries: FloatRows,
     radius: NDArray[np.float32],
-    rows: NDArray[np.int64],
+    rows: NDArray[np.int64] | slice,
     probes: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Anchor (position in `rows`), neighbour and cosine of every hit."""
+    """Anchor, neighbour and cosine of every hit of these queries."""
     widest = radius if not radius.ndim else radius[rows].min()
     strict = float(np.nextafter(np.float32(widest), np.float32(-np.inf)))
     given = np.ascontiguousarray(queries[rows])
@@ -143,7 +142,8 @@ def _one_call(
     else:
         index.nprobe = probes.shape[1]
         limits, cosine, neighbours = index.range_search_preassigned(given, strict, probes[rows], None)
-    return np.repeat(np.arange(len(rows)), np.diff(limits.astype(np.int64))), neighbours, cosine
+    anchors = np.arange(len(queries))[rows]
+    return np.repeat(anchors, np.diff(limits.astype(np.int64))), neighbours, cosine
 
 
 def kth_cosines(index: Any, queries: FloatRows, k: int, probes: NDArray[np.int64] | None = None) -> FloatRows:

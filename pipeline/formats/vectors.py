@@ -1,5 +1,6 @@
 """Arrays in .npy files, read by memory map."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,37 @@ def read_vectors(path: Path, *, ndim: int | None = None, mmap: bool = True) -> N
     if ndim is not None and array.ndim != ndim:
         raise DataError(f"array {path} has shape {array.shape} where {ndim} dimensions are expected; remove its unit")
     return array
+
+
+def length_of(path: Path) -> int:
+    """How many elements the one-dimensional array in `path` has; raises as `read_part`."""
+    return _layout(path, _size(path))[1]
+
+
+def read_part(path: Path, start: int, stop: int) -> NDArray[Any]:
+    """Elements `start` to `stop - 1` of a one-dimensional array, in memory; nothing else is read.
+
+    Many small parts are read many times faster so than through memory maps. Raises DataError as `read_vectors`, and
+    where the file is shorter or longer than its header says.
+    """
+    dtype, length, first = _layout(path, _size(path))
+    if not 0 <= start <= stop <= length:
+        raise DataError(f"array {path} has {length} elements, {start} to {stop} are asked for; remove its unit")
+    return np.fromfile(path, dtype=dtype, count=stop - start, offset=first + start * dtype.itemsize)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"array {path} cannot be read ({error}); remove its unit and run again") from None
+
+
+@lru_cache(maxsize=4096)
+def _layout(path: Path, size: int) -> tuple[np.dtype[Any], int, int]:
+    """dtype, length and first byte of a one-dimensional array in a file of this size; committed files never change."""
+    array = read_vectors(path, ndim=1)
+    first = size - array.nbytes
+    if first != getattr(array, "offset", first):
+        raise DataError(f"array {path} has bytes beyond its {len(array)} elements; remove its unit and run again")
+    return array.dtype, len(array), first

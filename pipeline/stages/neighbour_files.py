@@ -7,7 +7,7 @@ import torch
 
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.errors import DataError
-from pipeline.formats.vectors import read_vectors, write_vectors
+from pipeline.formats.vectors import length_of, read_part, write_vectors
 
 
 def write_neighbourhoods(directory: Path, graph: Neighbourhoods, *, local: bool = False) -> None:
@@ -19,25 +19,26 @@ def write_neighbourhoods(directory: Path, graph: Neighbourhoods, *, local: bool 
 
 def read_neighbourhoods(directory: Path) -> Neighbourhoods:
     """The graph that lies in `directory`; checked as it is built."""
-    return read_rows(directory, 0, len(read_vectors(directory / "offsets.npy", ndim=1)) - 1)
+    return read_rows(directory, 0, length_of(directory / "offsets.npy") - 1)
 
 
 def read_rows(directory: Path, start: int, stop: int) -> Neighbourhoods:
     """Anchors `start` to `stop - 1` of the graph in `directory`; only their part of the files is read."""
-    offsets, neighbours, cosine = (
-        read_vectors(directory / f"{name}.npy", ndim=1) for name in ("offsets", "neighbours", "cosine")
-    )
-    if not 0 <= start < stop < len(offsets) or len(neighbours) != offsets[-1] or len(cosine) != offsets[-1]:
+    files = [directory / f"{name}.npy" for name in ("offsets", "neighbours", "cosine")]
+    n_offsets, n_neighbours, n_cosines = (length_of(file) for file in files)
+    n_edges = int(read_part(files[0], n_offsets - 1, n_offsets)[0]) if n_offsets else -1
+    if not 0 <= start < stop < n_offsets or n_neighbours != n_edges or n_cosines != n_edges:
         raise DataError(
-            f"{directory} holds {len(offsets) - 1} anchors, {len(neighbours)} neighbours and {len(cosine)} cosines; "
-            f"anchors {start} to {stop} with {offsets[-1]} edges are expected; remove its unit and run again"
+            f"{directory} holds {n_offsets - 1} anchors, {n_neighbours} neighbours and {n_cosines} cosines; "
+            f"anchors {start} to {stop} with {n_edges} edges are expected; remove its unit and run again"
         )
-    edges = slice(int(offsets[start]), int(offsets[stop]))
+    offsets = read_part(files[0], start, stop + 1)
+    edges = (int(offsets[0]), int(offsets[-1]))
     try:
         return Neighbourhoods(
-            torch.from_numpy(offsets[start : stop + 1] - offsets[start]),
-            torch.from_numpy(neighbours[edges].astype(np.int64)),
-            torch.from_numpy(np.array(cosine[edges])),
+            torch.from_numpy(offsets - offsets[0]),
+            torch.from_numpy(read_part(files[1], *edges).astype(np.int64, copy=False)),
+            torch.from_numpy(read_part(files[2], *edges)),
         )
     except ValueError as error:
         raise DataError(f"{directory}: {error}; remove its unit and run again") from None
