@@ -178,6 +178,8 @@ class Side:
             if not selector.select(limit_s):
                 raise TimeoutError
         line = process.stdout.readline()
+        while line and not line.startswith("{"):  # a peer's progress bar
+            line = process.stdout.readline()
         if not line:
             raise EOFError
         answer: dict[str, Any] = json.loads(line)
