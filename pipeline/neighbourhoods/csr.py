@@ -4,6 +4,7 @@ Shape letters: A anchors, E edges, M rows of the base.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,13 +54,21 @@ def kept(graph: Neighbourhoods, keep_E: Tensor) -> Neighbourhoods:
     )
 
 
-def side_by_side(parts: Sequence[tuple[Neighbourhoods, int]]) -> Neighbourhoods:
+class Csr(NamedTuple):
+    """The tensors of a graph, as `Neighbourhoods` has them, not yet checked: parts of one that will be."""
+
+    offsets: Tensor
+    neighbours: Tensor
+    cosine: Tensor
+
+
+def side_by_side(parts: Sequence[tuple[Neighbourhoods | Csr, int]]) -> Neighbourhoods:
     """One graph over the same anchors, whose base is the parts' bases one after the other; an offset for each part."""
-    anchor_E = torch.cat([graph.anchors() for graph, _ in parts])
+    anchor_E = torch.cat([torch.repeat_interleave(graph.offsets.diff()) for graph, _ in parts])
     order = torch.argsort(anchor_E, stable=True)  # parts come in the order of their rows, so neighbours stay ascending
     neighbours = torch.cat([graph.neighbours + first_row for graph, first_row in parts])
     cosine = torch.cat([graph.cosine for graph, _ in parts])
-    return Neighbourhoods(offsets_of(anchor_E, parts[0][0].n_anchors), neighbours[order], cosine[order])
+    return Neighbourhoods(offsets_of(anchor_E, len(parts[0][0].offsets) - 1), neighbours[order], cosine[order])
 
 
 def nearest(graph: Neighbourhoods, k: int, tolerance: float = 0.0) -> Neighbourhoods:

@@ -8,6 +8,7 @@ import torch
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.errors import DataError
 from pipeline.formats.vectors import length_of, read_part, write_vectors
+from pipeline.neighbourhoods.csr import Csr
 
 
 def write_neighbourhoods(directory: Path, graph: Neighbourhoods, *, local: bool = False) -> None:
@@ -24,6 +25,14 @@ def read_neighbourhoods(directory: Path) -> Neighbourhoods:
 
 def read_rows(directory: Path, start: int, stop: int) -> Neighbourhoods:
     """Anchors `start` to `stop - 1` of the graph in `directory`; only their part of the files is read."""
+    try:
+        return Neighbourhoods(*read_csr(directory, start, stop))
+    except ValueError as error:
+        raise DataError(f"{directory}: {error}; remove its unit and run again") from None
+
+
+def read_csr(directory: Path, start: int, stop: int) -> Csr:
+    """The same, and only the lengths of the files are checked."""
     files = [directory / f"{name}.npy" for name in ("offsets", "neighbours", "cosine")]
     n_offsets, n_neighbours, n_cosines = (length_of(file) for file in files)
     n_edges = int(read_part(files[0], n_offsets - 1, n_offsets)[0]) if n_offsets else -1
@@ -34,11 +43,8 @@ def read_rows(directory: Path, start: int, stop: int) -> Neighbourhoods:
         )
     offsets = read_part(files[0], start, stop + 1)
     edges = (int(offsets[0]), int(offsets[-1]))
-    try:
-        return Neighbourhoods(
-            torch.from_numpy(offsets - offsets[0]),
-            torch.from_numpy(read_part(files[1], *edges).astype(np.int64, copy=False)),
-            torch.from_numpy(read_part(files[2], *edges)),
-        )
-    except ValueError as error:
-        raise DataError(f"{directory}: {error}; remove its unit and run again") from None
+    return Csr(
+        torch.from_numpy(offsets - offsets[0]),
+        torch.from_numpy(read_part(files[1], *edges).astype(np.int64, copy=False)),
+        torch.from_numpy(read_part(files[2], *edges)),
+    )

@@ -15,7 +15,7 @@ from pipeline.neighbourhoods.radius import Radius
 from pipeline.neighbourhoods.spec import IndexSpec
 from pipeline.stage import Inputs, Stage, StageReport, Unit
 from pipeline.stages.edges import BACKWARD, FORWARD
-from pipeline.stages.neighbour_files import read_rows, write_neighbourhoods
+from pipeline.stages.neighbour_files import read_csr, read_rows, write_neighbourhoods
 from pipeline.store import Artefact
 
 RECALL_COUNTS = ("recall_edges", "recall_found")  # of the exact graph on the sample of a join; of them in the join
@@ -73,12 +73,7 @@ class Neighbours(Stage):
         start, stop = unit.settings["rows"]
         report = StageReport(rows_in=stop - start, rows_out=stop - start)
         with report.span("gather"):
-            graph = side_by_side(
-                [
-                    (read_rows(unit.one("edges", name).path / direction, start, stop), first_row)
-                    for name, direction, first_row in unit.settings["joins"]
-                ]
-            )
+            graph = self._gathered(unit, start, stop)
             if radius.mode == "adaptive":
                 graph = within_adaptive_radius(graph, radius.target_degree)
             graph, truncated = self._capped(graph)
@@ -90,6 +85,17 @@ class Neighbours(Stage):
         }
         write_neighbourhoods(out_dir, graph)
         return report
+
+    @staticmethod
+    def _gathered(unit: Unit, start: int, stop: int) -> Neighbourhoods:
+        """These rows' edges from all joins; checked once, together, and where that fails join by join for its name."""
+        joins = [(unit.one("edges", name).path / way, first_row) for name, way, first_row in unit.settings["joins"]]
+        try:
+            return side_by_side([(read_csr(path, start, stop), first_row) for path, first_row in joins])
+        except (ValueError, RuntimeError) as error:  # torch's own, where offsets fall
+            for path, _ in joins:
+                read_rows(path, start, stop)
+            raise DataError(f"neighbours {unit.id}: its joins do not fit together ({error}); remove them") from error
 
     def _capped(self, graph: Neighbourhoods) -> tuple[Neighbourhoods, int]:
         """The graph with at most `max_degree` neighbours an anchor, and how many edges that left out."""
