@@ -157,15 +157,19 @@ def _linear_of_copies(
     at_once: int,
 ) -> Tensor:
     """`at_once` copies' matrices in one product, so that task vectors are read once, then each on its own samples."""
-    parts = []
+    kind = x_BTI.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTI.dtype
+    x_BTI, bias_BO = x_BTI.to(dtype), None if bias_BO is None else bias_BO.to(dtype)
+    y_BTO = x_BTI.new_empty(*x_BTI.shape[:2], len(base_OI))
     for some in (copies[start : start + at_once] for start in range(0, len(copies), at_once)):
-        weights_CK = weights_BK[[part.start for part in some]]
-        copies_COI = _formed(weights_CK, base_OI, vectors_KOI)
-        parts += [
-            F.linear(x_BTI[part], own_OI, None if bias_BO is None else bias_BO[part.start])
-            for part, own_OI in zip(some, copies_COI, strict=True)
-        ]
-    return torch.cat(parts)
+        copies_COI = _formed(weights_BK[[part.start for part in some]], base_OI, vectors_KOI).to(dtype)
+        for part, own_OI in zip(some, copies_COI, strict=True):
+            rows_NI, out_NO = x_BTI[part].flatten(0, 1), y_BTO[part].flatten(0, 1)  # out: no gradients in this mode
+            if bias_BO is None:
+                torch.mm(rows_NI, own_OI.T, out=out_NO)
+            else:
+                torch.addmm(bias_BO[part.start], rows_NI, own_OI.T, out=out_NO)
+    return y_BTO
 
 
 def _formed(weights_CK: Tensor, base_OI: Tensor, vectors_KOI: Tensor) -> Tensor:
