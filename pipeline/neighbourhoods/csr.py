@@ -64,11 +64,13 @@ class Csr(NamedTuple):
 
 def side_by_side(parts: Sequence[tuple[Neighbourhoods | Csr, int]]) -> Neighbourhoods:
     """One graph over the same anchors, whose base is the parts' bases one after the other; an offset for each part."""
-    anchor_E = torch.cat([torch.repeat_interleave(graph.offsets.diff()) for graph, _ in parts])
+    n_anchors = len(parts[0][0].offsets) - 1
+    degree_PA = torch.cat([graph.offsets.diff() for graph, _ in parts])
+    anchor_E = torch.repeat_interleave(torch.arange(n_anchors).repeat(len(parts)), degree_PA)
     order = torch.argsort(anchor_E, stable=True)  # parts come in the order of their rows, so neighbours stay ascending
     neighbours = torch.cat([graph.neighbours + first_row for graph, first_row in parts])
     cosine = torch.cat([graph.cosine for graph, _ in parts])
-    return Neighbourhoods(offsets_of(anchor_E, len(parts[0][0].offsets) - 1), neighbours[order], cosine[order])
+    return Neighbourhoods(offsets_of(anchor_E, n_anchors), neighbours[order], cosine[order])
 
 
 def nearest(graph: Neighbourhoods, k: int, tolerance: float = 0.0) -> Neighbourhoods:
