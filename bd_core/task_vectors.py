@@ -98,8 +98,7 @@ def task_vectors(base: StateDict, experts: Sequence[StateDict]) -> TaskVectors:
 
 def _stacked(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """Every expert's tensor minus the base's, in the base's dtype and on its device: [K, ...]."""
-    shape = (len(experts), *base.shape)
-    vectors = empty(shape, base.dtype) if base.device.type == "cpu" else base.new_empty(shape)
+    vectors = empty((len(experts), *base.shape), base.dtype, base.device)
     for vector, expert in zip(vectors, experts, strict=True):
         torch.sub(expert.to(base), base, out=vector)
     return vectors

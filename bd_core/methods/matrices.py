@@ -92,17 +92,16 @@ def expert_layers(
         yield vectors_BOI
 
 
-def concurrently(work: Callable[[Tensor], Result], layers: Iterable[Tensor], at_most: int) -> Iterator[Result]:
+def concurrently(work: Callable[[Tensor], Result], layers: Iterable[Tensor]) -> Iterator[Result]:
     """`work` of every item, in order, each on one of torch's threads; an item may change once the next is asked for.
 
     A decomposition of a layer's size gains little from a second thread, two decompositions beside each other all of
     it. So results do not depend on the number of threads, either. Holds a copy of as many items as threads.
     """
-    n_threads = min(torch.get_num_threads(), at_most)
+    n_threads = torch.get_num_threads()
     if n_threads == 1:
         yield from map(work, layers)
         return
-    given = torch.get_num_threads()
     running: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -113,7 +112,7 @@ def concurrently(work: Callable[[Tensor], Result], layers: Iterable[Tensor], at_
             while running:
                 yield running.popleft().result()
         finally:
-            torch.set_num_threads(given)  # a worker's own setting becomes the default of threads to come
+            torch.set_num_threads(n_threads)  # a worker's own setting becomes the default of threads to come
 
 
 def by_layers(

@@ -75,12 +75,12 @@ def _orthogonal_sum(base: StateDict, experts: Sequence[StateDict], names: Sequen
     def leading(vectors_BOI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return leading_part(vectors_BOI if n_rows >= n_columns else vectors_BOI.mT, rank)
 
-    parts = concurrently(leading, expert_layers(base, experts, names), len(experts))
+    parts = concurrently(leading, expert_layers(base, experts, names))
     lefts, cores, rights = (list(each) for each in zip(*parts, strict=True))
     # Bases of K experts that fill the space lie close to a singular matrix: their polar factors start from float64.
     dtype = cores[0].dtype
     bases = (torch.cat(lefts, 2), torch.cat(rights, 2))
-    long, short = concurrently(lambda basis: polar(basis, dtype), bases, len(bases))
+    long, short = concurrently(lambda basis: polar(basis, dtype), bases)
     # S V'^T = (S right_V^T) left_V^T: the small factors first, the long side once.
     blocks = torch.split(short.right.mT, rank, dim=1)
     middle = torch.cat([torch.bmm(core, rows) for core, rows in zip(cores, blocks, strict=True)], 1)

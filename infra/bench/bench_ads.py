@@ -187,9 +187,7 @@ def _csr(degree: Tensor, neighbours: Tensor) -> Neighbourhoods:
 
 def _alpha(n_rows: int, n_classes: int, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
-    shape = (n_rows, n_classes)
-    alpha = empty(shape, torch.float32) if device.type == "cpu" else torch.empty(shape, device=device)
-    return alpha.uniform_(generator=generator).mul_(5).add_(1)
+    return empty((n_rows, n_classes), torch.float32, device).uniform_(generator=generator).mul_(5).add_(1)
 
 
 def _measure(graph: Graph, n_classes: int, rounds: int, device: torch.device) -> tuple[float, float, int, str]:

@@ -177,10 +177,7 @@ def _searched(made: dict[str, list[Artefact]], parts: list[Partition], n_rows: i
     indexes.clear()
     files = [artefact.file(INDEX) for artefact in made["index"]]
     whole = merged(files, quantizer, [part.first_row for part in parts])
-    queries = features_ND[rows].numpy()
-    began = time.perf_counter()
-    at_once = range_search(whole, queries, MIN_COSINE, rows.numpy(), nearest_lists(whole, queries, n_probes))
-    merged_s = time.perf_counter() - began
+    at_once, merged_s = _ivf(whole, [whole], parts[:1], features_ND[rows].numpy(), rows.numpy(), n_probes)
     if not torch.equal(at_once.neighbours, found.neighbours):
         sys.exit("the merged index finds other edges than its parts")
     return {

@@ -42,10 +42,7 @@ def matmul_flops_per_s(width: int, device: torch.device, dtype: torch.dtype = to
 
 def copy_bytes_per_s(device: torch.device, tries: int = 5) -> float:
     """The best rate of a copy far larger than the caches, bytes read and written both counted; huge pages on a CPU."""
-    source, target = (
-        empty((2**26,), torch.float32).fill_(1) if device.type == "cpu" else torch.ones(2**26, device=device)
-        for _ in range(2)
-    )
+    source, target = (empty((2**26,), torch.float32, device).fill_(1) for _ in range(2))
     best = min(seconds(lambda: target.copy_(source), device) for _ in range(tries + 1))
     return 2 * source.numel() * source.element_size() / best
 

@@ -23,7 +23,7 @@ def read_vectors(path: Path, *, ndim: int | None = None, mmap: bool = True) -> N
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"array {path} cannot be read ({error}); remove its unit and run again") from None
+        raise _unreadable(path, error) from None
     if ndim is not None and array.ndim != ndim:
         raise DataError(f"array {path} has shape {array.shape} where {ndim} dimensions are expected; remove its unit")
     return array
@@ -46,11 +46,15 @@ def read_part(path: Path, start: int, stop: int) -> NDArray[Any]:
     return np.fromfile(path, dtype=dtype, count=stop - start, offset=first + start * dtype.itemsize)
 
 
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"array {path} cannot be read ({error}); remove its unit and run again")
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise DataError(f"array {path} cannot be read ({error}); remove its unit and run again") from None
+        raise _unreadable(path, error) from None
 
 
 @lru_cache(maxsize=4096)
@@ -62,7 +66,7 @@ def _layout(path: Path, size: int) -> tuple[np.dtype[Any], int, int]:
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # what `write_vectors` writes
             first = file.tell()
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"array {path} cannot be read ({error}); remove its unit and run again") from None
+        raise _unreadable(path, error) from None
     if len(shape) != 1 or dtype.hasobject or first + shape[0] * dtype.itemsize != size:
         array = read_vectors(path, ndim=1)  # says what is wrong with it
         raise DataError(f"array {path} has bytes beyond its {len(array)} elements; remove its unit and run again")

@@ -1,6 +1,6 @@
 """The signals of every anchor and the ADS of every edge, with the far ends' evidence made block by block.
 
-Shape letters: A anchors, N rows of the pool that a block has edges to, C classes, E edges, F edges of one block.
+Shape letters: A anchors, N rows of the pool that a block has edges to, C classes, E edges.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bd_core.dirichlet import iec, opinion
-from bd_core.discrepancy import Discrepancy, Factor, Sharpness, negative_sharpness_share
+from bd_core.discrepancy import FACTORS, Discrepancy, Factor, Sharpness, negative_sharpness_share
 from bd_core.head import EvidentialHead
 from bd_core.neighbourhood import Neighbourhoods
 from pipeline.config import Spec
@@ -34,9 +34,7 @@ class ScoreSpec(Spec):
     """The form of the ADS. `paper` inverts positives and negatives where Sharp < 0; `positive` is ours."""
 
     sharpness: Sharpness = "positive"
-    factors: tuple[Factor, ...] = Field(
-        default=("sharpness", "divergence", "conflict"), min_length=1, description="leave one out for an ablation"
-    )
+    factors: tuple[Factor, ...] = Field(default=FACTORS, min_length=1, description="leave one out for an ablation")
     max_negative_sharpness: float = Field(
         default=0.05, ge=0, le=1, description="with `paper`: refuse when more anchors than this have Sharp < 0; ours"
     )

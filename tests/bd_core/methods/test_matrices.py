@@ -74,7 +74,7 @@ def reused(n_items: int) -> Iterator[Tensor]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_work_beside_each_other_keeps_order_and_items() -> None:
-    found = list(concurrently(lambda item: (torch.get_num_threads(), item.sum().item()), reused(7), at_most=7))
+    found = list(concurrently(lambda item: (torch.get_num_threads(), item.sum().item()), reused(7)))
     assert found == [(1, 4.0 * i) for i in range(7)]
     assert torch.get_num_threads() == 2
     assert torch.ones(3).sum() == 3
@@ -88,5 +88,5 @@ def test_an_error_beside_other_work_arrives() -> None:
         return float(item[0])
 
     with pytest.raises(ValueError, match="layer 2 is singular"):
-        list(concurrently(fails, reused(5), at_most=5))
+        list(concurrently(fails, reused(5)))
     assert torch.get_num_threads() == 2
