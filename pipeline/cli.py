@@ -3,7 +3,6 @@
 Heavy imports stand inside the commands, so that `--help` answers at once.
 """
 
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from pipeline import logs
+from pipeline import interrupts, logs
 from pipeline.errors import BDMergeError
 from pipeline.merge import commands as merging
 
@@ -239,8 +238,7 @@ def _store(path: Path) -> "Store":
 def main() -> NoReturn:
     """Run the command line; every error of ours is printed without a traceback."""
     logs.configure()
-    # A job system ends with SIGTERM what a person ends with Ctrl-C: both leave the store clean.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    interrupts.listen()
     try:
         app(standalone_mode=True, prog_name="bd-merge")
     except BDMergeError as error:

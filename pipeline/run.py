@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any
 
-from pipeline import logs
+from pipeline import interrupts, logs
 from pipeline.errors import UnitsFailed
 from pipeline.executors import Executor, Outcome
 from pipeline.plan import StagePlan, plan_stage
@@ -71,6 +71,7 @@ class _Run:
             self._begin_what_can()
             while self._running:
                 self._take_one_outcome()
+                interrupts.check()
                 self._begin_what_can()
         finally:
             if self._executor is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import logs
+from pipeline import interrupts, logs
 from pipeline.executors.ray_session import RaySession, RaySpec
 from pipeline.executors.unit import Outcome, Planned, UnitRunner, failed
 from pipeline.stage import Stage
@@ -19,6 +19,7 @@ from pipeline.store import Store
 from pipeline.training.fit_stage import FitStage
 
 RETRIES_ON_WORKER_DEATH = 3
+ASK_AGAIN_S = 1.0  # how often a wait looks whether it was to be interrupted
 
 
 class RayExecutor:
@@ -57,7 +58,11 @@ class RayExecutor:
     def wait(self) -> tuple[str, Outcome]:
         """The stage's name and the outcome of the next unit to end."""
         ray = self._session.ray
-        (reference,), _ = ray.wait(list(self._waiting), num_returns=1)
+        ended: list[Any] = []
+        while not ended:
+            interrupts.check()
+            ended, _ = ray.wait(list(self._waiting), num_returns=1, timeout=ASK_AGAIN_S)
+        (reference,) = ended
         stage, each = self._waiting.pop(reference)
         try:
             outcome: Outcome = ray.get(reference)

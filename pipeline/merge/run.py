@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bd_core.task_vectors import same_integers
-from pipeline import logs
+from pipeline import interrupts, logs
 from pipeline.errors import ConfigError, DataError
 from pipeline.merge.adapters import adapter_stream
 from pipeline.merge.assign import INTEGER, Group, Plan, make_plan
@@ -62,6 +62,7 @@ def merge_files(spec: MergeSpec, *, force: bool = False) -> Done:
         with threads(merging), Hashing(files, cores) as hashing:
             output.open()
             for name, value in _named_faults(_tensors(plan, counts), plan, needed):
+                interrupts.check()
                 output.write(name, value)
                 progress.step(name, value.numel() * value.element_size())
             progress.phase("verifying")
