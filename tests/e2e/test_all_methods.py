@@ -17,6 +17,7 @@ from tiny import CLASSES, Tiny
 
 from bd_core.methods import METHODS
 from pipeline.costs import read_costs
+from pipeline.forecast import forecast_bytes
 from pipeline.formats.schemas import PREDICTIONS
 from pipeline.formats.tables import read_table
 from pipeline.record import RunRecord
@@ -134,8 +135,17 @@ def test_gram_matrices_are_made_once_for_all_that_ask(everything: Everything) ->
     assert {name for name in tower if ".ln_" in name and name.endswith("weight")} <= set(squares)
 
 
+def test_a_plan_tells_the_gram_matrices_and_experts_to_the_byte_of_their_tensors(everything: Everything) -> None:
+    told = forecast_bytes(Workflow.load(everything.tiny.root / "everything.yaml"))
+    files = {"activations": GRAMS, "experts": "visual.safetensors"}
+    for stage, name in files.items():
+        tensors = [value for unit in everything.artefacts[stage] for value in load_file(unit.file(name)).values()]
+        assert told[stage] == sum(value.nbytes for value in tensors)
+
+
 def test_a_run_whose_methods_need_none_has_no_activations(tiny_project: Tiny) -> None:
     workflow = Workflow.load(tiny_project.write(baselines={"methods": {"ties": {}}}))
+    assert "activations" not in forecast_bytes(workflow)
     stages = {stage.name: stage for stage in workflow.stages}
     assert stages["activations"].units({"base": [], "experts": [], "embed": [], "shard": []}) == []
     assert stages["surgery"].units({name: [] for name in stages["surgery"].needs}) == []
