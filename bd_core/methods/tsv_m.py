@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bd_core.methods.matrices import LAYER_BYTES, by_layers, concurrently, expert_layers, leading_part, polar
+from bd_core.methods.matrices import LAYER_BYTES, by_layers, expert_layers, leading_part, polar
 from bd_core.methods.stream import EMBEDDINGS, Merged, StateDict, matrix_names
 
 __all__ = ["tsv_m"]
@@ -37,7 +37,7 @@ def tsv_m(
     that is a ValueError naming the matrix. Directions a task vector does not have (a zero or low-rank one) are left
     out, and experts that share directions share their weight (ours): an SVD would fill in arbitrary vectors.
     Cost: K eigendecompositions of the smaller side a matrix and two polar factors, where FusionBench takes K + 2 SVDs;
-    a few buffers of `budget_bytes`, however many experts.
+    a few buffers of `budget_bytes` for each of up to four threads, however many experts.
     """
     if not math.isfinite(scale):
         raise ValueError(f"tsv_m: scale={scale} must be finite")
@@ -49,7 +49,7 @@ def tsv_m(
         def steps(names: list[str]) -> Tensor:
             return scale * _orthogonal_sum(base, experts, names)
 
-        yield from by_layers(base, experts, matrices, budget_bytes, steps)
+        yield from by_layers(base, experts, matrices, budget_bytes, steps, beside=True)
 
     return merge()
 
@@ -72,15 +72,12 @@ def _orthogonal_sum(base: StateDict, experts: Sequence[StateDict], names: Sequen
     n_rows, n_columns = base[names[0]].shape
     rank = min(n_rows, n_columns) // len(experts)
 
-    def leading(vectors_BOI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return leading_part(vectors_BOI if n_rows >= n_columns else vectors_BOI.mT, rank)
-
-    parts = concurrently(leading, expert_layers(base, experts, names))
+    layers = expert_layers(base, experts, names)
+    parts = (leading_part(each if n_rows >= n_columns else each.mT, rank) for each in layers)
     lefts, cores, rights = (list(each) for each in zip(*parts, strict=True))
     # Bases of K experts that fill the space lie close to a singular matrix: their polar factors start from float64.
     dtype = cores[0].dtype
-    bases = (torch.cat(lefts, 2), torch.cat(rights, 2))
-    long, short = concurrently(lambda basis: polar(basis, dtype), bases)
+    long, short = polar(torch.cat(lefts, 2), dtype), polar(torch.cat(rights, 2), dtype)
     # S V'^T = (S right_V^T) left_V^T: the small factors first, the long side once.
     blocks = torch.split(short.right.mT, rank, dim=1)
     middle = torch.cat([torch.bmm(core, rows) for core, rows in zip(cores, blocks, strict=True)], 1)

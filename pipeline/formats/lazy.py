@@ -39,11 +39,12 @@ class LazyState(Mapping[str, Tensor]):
         return LazyState({name: self.sources[name] for name in names})
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._last is None or self._last[0] != name:
+        last = self._last  # threads may read beside each other
+        if last is None or last[0] != name:
             source = self.sources[name]
-            self._last = None
-            self._last = (name, source.read())
-        return self._last[1]
+            last = self._last = None
+            last = self._last = (name, source.read())
+        return last[1]
 
     def __contains__(self, name: object) -> bool:
         return name in self.sources

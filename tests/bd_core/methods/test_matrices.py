@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from bd_core.methods.matrices import MIRRORED_COLUMNS, concurrently, gram, leading_part, polar, right_solve
 
@@ -49,6 +50,24 @@ def test_right_solve_is_the_pseudo_inverse(rank: int, ridge: float, seed: int) -
     assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("first_to_last", [1.5, 7.0, 15.0, 40.0])
+@pytest.mark.parametrize("rows", [120, 400])
+def test_the_leading_subspace_is_nearer_than_that_of_an_svd_in_float32(rows: int, first_to_last: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    columns, rank = 120, 15
+    u, _ = torch.linalg.qr(torch.randn(rows, columns, generator=draw).double())
+    v, _ = torch.linalg.qr(torch.randn(columns, columns, generator=draw).double())
+    values = torch.arange(1, columns + 1).double() ** -(math.log(first_to_last) / math.log(rank))
+    matrix = ((u * values) @ v.T).float()
+    _, _, found = leading_part(matrix[None], rank)
+    single, exact = (torch.linalg.svd(each, full_matrices=False).Vh[:rank].mT for each in (matrix, matrix.double()))
+
+    def error(basis: torch.Tensor) -> float:
+        return float(torch.linalg.matrix_norm(basis - exact @ (exact.mT @ basis), 2))
+
+    assert error(found[0]) < error(single.double())
+
+
 def test_leading_part_of_equal_singular_values() -> None:
     """The cut goes through a multiplicity: any basis is right, as long as the part has the right size."""
     basis, _ = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
@@ -65,28 +84,26 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(given)
 
 
-def reused(n_items: int) -> Iterator[Tensor]:
-    """One buffer for all items, as `expert_layers` gives them."""
-    buffer = torch.empty(4)
-    for i in range(n_items):
-        yield buffer.fill_(i)
-
-
 @pytest.mark.usefixtures("two_threads")
-def test_work_beside_each_other_keeps_order_and_items() -> None:
-    found = list(concurrently(lambda item: (torch.get_num_threads(), item.sum().item()), reused(7)))
-    assert found == [(1, 4.0 * i) for i in range(7)]
+def test_work_beside_each_other_keeps_order_and_shares_the_threads_out() -> None:
+    both_there = threading.Barrier(2)
+
+    def work(item: int) -> tuple[int, int]:
+        both_there.wait(timeout=20)  # one after the other, the first would never get on
+        return torch.get_num_threads(), item
+
+    assert list(concurrently(work, range(8))) == [(1, i) for i in range(8)]
     assert torch.get_num_threads() == 2
     assert torch.ones(3).sum() == 3
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_an_error_beside_other_work_arrives() -> None:
-    def fails(item: Tensor) -> float:
-        if item[0] == 2:
+    def fails(item: int) -> int:
+        if item == 2:
             raise ValueError("layer 2 is singular")
-        return float(item[0])
+        return item
 
     with pytest.raises(ValueError, match="layer 2 is singular"):
-        list(concurrently(fails, reused(5)))
+        list(concurrently(fails, range(5)))
     assert torch.get_num_threads() == 2
