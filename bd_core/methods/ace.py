@@ -111,7 +111,11 @@ def _steps(
     residual_BOI = product_BOI - sum_BOI @ system_BII / len(experts) if bool(gated_B.any()) else sum_BOI
     system_BII += system_BII.mean(1, keepdim=True)
     system_BII.diagonal(dim1=1, dim2=2).add_(ridge_B[:, None])
-    solved_BOI: Tensor = torch.linalg.solve(system_BII, product_BOI.add_(lifted_BOI), left=False)
+    product_BOI += lifted_BOI
+    # One by one: of several matrices, torch 2.13 with MKL takes the LU in threads that overwrite each other's pivots.
+    for system_II, product_OI in zip(system_BII, product_BOI, strict=True):
+        product_OI.copy_(torch.linalg.solve(system_II, product_OI, left=False))
+    solved_BOI = product_BOI
     for b in torch.nonzero(gated_B).flatten().tolist():
         solved_BOI[b] += _isotropic(residual_BOI[b] + solved_BOI[b], settings.rank_share)
     reach_B = norms_KB.sum(0)

@@ -5,7 +5,7 @@ Legend: B layers of equal shape, K experts, O output rows, I input columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -57,7 +57,10 @@ def wudi(
             start_BOI.addcdiv_(mean_BOI, root_BOI, value=-learning_rate / (1 - BETAS[0] ** t))
         return start_BOI
 
-    return _merge(base, experts, exclude, budget_bytes, solve)
+    def merge(names: list[str]) -> Tensor:
+        return solve(*_statistics(base, experts, names))
+
+    return by_layers(base, experts, matrix_names(base, exclude), budget_bytes, merge, rest=kept)
 
 
 def wudi_exact(
@@ -82,24 +85,30 @@ def wudi_exact(
     if not 0 <= damping < 1:
         raise ValueError(f"wudi_exact: damping={damping} must lie in [0, 1)")
 
-    def solve(gram_BII: Tensor, product_BOI: Tensor, start_BOI: Tensor) -> Tensor:
-        mean_B = gram_BII.diagonal(dim1=1, dim2=2).mean(1)
-        return right_solve(product_BOI, gram_BII, damping * mean_B)
-
-    return _merge(base, experts, exclude, budget_bytes, solve)
-
-
-def _merge(
-    base: StateDict,
-    experts: Sequence[StateDict],
-    exclude: Sequence[str],
-    budget_bytes: int,
-    solve: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Merged:
     def steps(names: list[str]) -> Tensor:
-        return solve(*_statistics(base, experts, names))
+        n_rows, n_columns = base[names[0]].shape
+        if len(experts) * n_rows < n_columns:  # A is singular
+            return _few_rows(base, experts, names, damping)
+        gram_BII, product_BOI, _ = _statistics(base, experts, names)
+        return right_solve(product_BOI, gram_BII, damping * gram_BII.diagonal(dim1=1, dim2=2).mean(1))
 
-    yield from by_layers(base, experts, matrix_names(base, exclude), budget_bytes, steps, rest=kept)
+    return by_layers(base, experts, matrix_names(base, exclude), budget_bytes, steps, rest=kept)
+
+
+def _few_rows(
+    base: StateDict, experts: Sequence[StateDict], names: Sequence[str], damping: float
+) -> Float[Tensor, "B O I"]:
+    """P (A + ridge I)^-1 where all task vectors together have fewer rows S than columns: A = S^T S, P = L S, so it is
+    L (S S^T + ridge I)^-1 S, and what is solved is regular."""
+    units, weights = [], []
+    for vectors_BOI in expert_layers(base, experts, names):
+        norm_B11, unit_BOI = _unit(vectors_BOI)
+        units.append(unit_BOI.clone())
+        weights.append(norm_B11 * (unit_BOI @ unit_BOI.mT))
+    stacked_BNI, left_BON = torch.cat(units, 1), torch.cat(weights, 2)
+    inner_BNN = stacked_BNI @ stacked_BNI.mT
+    ridge_B = damping * inner_BNN.diagonal(dim1=1, dim2=2).sum(1) / stacked_BNI.shape[2]
+    return right_solve(left_BON, inner_BNN, ridge_B) @ stacked_BNI
 
 
 def _statistics(
@@ -112,7 +121,12 @@ def _statistics(
             gram_BII = vectors_BOI.new_zeros((len(names), *(vectors_BOI.shape[2:] * 2)))
             product_BOI, total_BOI = torch.zeros_like(vectors_BOI), torch.zeros_like(vectors_BOI)
         total_BOI += vectors_BOI
-        norm_B11 = torch.linalg.vector_norm(vectors_BOI, dim=(1, 2), keepdim=True)
-        unit_BOI = vectors_BOI.div_(torch.where(norm_B11 > 0, norm_B11, 1.0))
+        norm_B11, unit_BOI = _unit(vectors_BOI)
         add_gram(gram_BII, product_BOI, unit_BOI * norm_B11, unit_BOI)
     return gram_BII, product_BOI, total_BOI
+
+
+def _unit(vectors_BOI: Tensor) -> tuple[Float[Tensor, "B 1 1"], Float[Tensor, "B O I"]]:
+    """Norms, and the task vectors brought to norm 1 in place; zero ones stay."""
+    norm_B11 = torch.linalg.vector_norm(vectors_BOI, dim=(1, 2), keepdim=True)
+    return norm_B11, vectors_BOI.div_(torch.where(norm_B11 > 0, norm_B11, 1.0))

@@ -98,6 +98,21 @@ def test_experts_that_share_a_lora_factor(epsilon: float, dtype: torch.dtype, le
     assert float((step @ outside).norm()) <= leak * float(step.norm())
 
 
+def test_layers_taken_together_are_those_taken_one_by_one_whatever_the_threads() -> None:
+    draw, side = torch.Generator().manual_seed(0), 512  # smaller ones meet no thread of MKL's
+    base = {name: torch.randn(side, side, generator=draw) for name in ("a", "b")}
+    experts = [{n: w + 0.01 * torch.randn(side, side, generator=draw) for n, w in base.items()} for _ in range(2)]
+    given = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = dict(ace(base, experts))
+    finally:
+        torch.set_num_threads(given)
+    for name, merged in together.items():
+        alone = dict(ace({name: base[name]}, [{name: expert[name]} for expert in experts]))[name]
+        assert apart(merged, base[name], alone - base[name]) < 1e-6
+
+
 def test_an_inverse_that_speaks_louder_than_the_experts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = states(3)
     monkeypatch.setattr("bd_core.methods.ace.MAX_GROWTH", 0.01)

@@ -59,9 +59,13 @@ def test_wudi_exact_is_a_minimum(n_experts: int, rows: int, columns: int, seed: 
     assert step.grad is not None and float(step.grad.abs().max()) <= 1e-6 * (1 + float(step.detach().abs().max()))
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
-def test_wudi_exact_is_its_formula(dtype: torch.dtype, most: float) -> None:
-    base, experts = states(3, dtype=dtype)
+# One expert has fewer rows than the widest matrix has columns, and square matrices that are nearly singular.
+@pytest.mark.parametrize(
+    ("n_experts", "dtype", "most"),
+    [(3, torch.float64, 1e-8), (3, torch.float32, 1e-5), (1, torch.float64, 1e-8), (1, torch.float32, 1e-4)],
+)
+def test_wudi_exact_is_its_formula(n_experts: int, dtype: torch.dtype, most: float) -> None:
+    base, experts = states(n_experts, dtype=dtype)
     found = dict(wudi_exact(base, experts, damping=1e-4))
     for name in MATRICES:
         taus = vectors(base, experts, name)
