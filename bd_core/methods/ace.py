@@ -60,7 +60,7 @@ def ace(
     LoRA experts that share a factor have covariances of its rank: epsilon alone makes them regular. Where the inverse
     is still what speaks, the step over 10 times all task vectors together, a ValueError names the matrix.
     Cost: a Gram matrix of the stacked task vectors and one LU solve a matrix, an SVD more under the gate; experts are
-    read twice; two [I, I] matrices and seven buffers of the layers' size in float64, however many experts.
+    read twice; one [I, I] matrix and four to eight buffers of the layers' size in float64, however many experts.
     """
     if variant not in EPSILON:
         raise ValueError(f"ace: variant={variant!r} must be one of {', '.join(EPSILON)}")
@@ -89,41 +89,61 @@ def _steps(
         [torch.linalg.vector_norm(vectors, dim=(1, 2)).double() for vectors in expert_layers(base, experts, names)]
     )
     gated_B = _heterogeneity(norms_KB) > settings.gate
+    any_gated, paper = bool(gated_B.any()), settings.variant == "paper"
     # In float64 throughout: epsilon is small beside the covariances, and what it divides must not be their rounding.
-    origin_BOI = torch.stack([base[name].detach().double() for name in names])
-    system_BII = origin_BOI.new_zeros((len(names), origin_BOI.shape[2], origin_BOI.shape[2]))
-    product_BOI, lifted_BOI, sum_BOI = (torch.zeros_like(origin_BOI) for _ in range(3))
+    n_rows, n_columns = base[names[0]].shape
+    system_BII = norms_KB.new_zeros((len(names), n_columns, n_columns))
+    product_BOI = norms_KB.new_zeros((len(names), n_rows, n_columns))
+    # What epsilon adds stays apart only where the refinement wants the product without it.
+    lifted_BOI = torch.zeros_like(product_BOI) if any_gated else product_BOI
+    sum_BOI = torch.zeros_like(product_BOI) if any_gated else product_BOI
     ridge_B = torch.zeros_like(norms_KB[0])
+    centred_BOI = torch.empty_like(product_BOI)  # one for all experts
     for vectors_BOI in expert_layers(base, experts, names):
-        centred_BOI = vectors_BOI.double()
-        weight_BOI = origin_BOI + centred_BOI
-        centred_BOI = centred_BOI - centred_BOI.mean(1, keepdim=True)
-        if settings.variant == "released":
-            weight_BOI = centred_BOI
-        trace_B = centred_BOI.square().sum((1, 2))
+        centred_BOI.copy_(vectors_BOI)
+        weight_BOI = _origin(base, names) + centred_BOI if paper else centred_BOI
+        centred_BOI -= centred_BOI.mean(1, keepdim=True)
+        trace_B = torch.linalg.vector_norm(centred_BOI, dim=(1, 2)).square()
         # Under the gate all is per unit of trace: an expert without a trace has no say there.
         scale_B = torch.where(gated_B, torch.where(trace_B > 0, 1 / trace_B, 0.0), 1.0)
         ridge_B += settings.epsilon * scale_B
-        sum_BOI += weight_BOI
-        lifted_BOI += (settings.epsilon * scale_B)[:, None, None] * weight_BOI
-        add_gram(system_BII, product_BOI, weight_BOI, centred_BOI * scale_B.sqrt()[:, None, None])
+        if any_gated:
+            sum_BOI += weight_BOI
+        lifted_BOI.addcmul_(weight_BOI, (settings.epsilon * scale_B)[:, None, None])
+        scaled_BOI = centred_BOI * scale_B.sqrt()[:, None, None] if any_gated else centred_BOI
+        add_gram(system_BII, product_BOI, weight_BOI, scaled_BOI)
     # sum_k W_k (S_k - mean S), before the prior joins the covariances.
-    residual_BOI = product_BOI - sum_BOI @ system_BII / len(experts) if bool(gated_B.any()) else sum_BOI
+    residual_BOI = product_BOI - sum_BOI @ system_BII / len(experts) if any_gated else product_BOI
     system_BII += system_BII.mean(1, keepdim=True)
     system_BII.diagonal(dim1=1, dim2=2).add_(ridge_B[:, None])
-    product_BOI += lifted_BOI
-    # One by one: of several matrices, torch 2.13 with MKL takes the LU in threads that overwrite each other's pivots.
-    for system_II, product_OI in zip(system_BII, product_BOI, strict=True):
-        product_OI.copy_(torch.linalg.solve(system_II, product_OI, left=False))
-    solved_BOI = product_BOI
+    if any_gated:
+        product_BOI += lifted_BOI
+    solved_BOI = _solved(system_BII, product_BOI)
     for b in torch.nonzero(gated_B).flatten().tolist():
         solved_BOI[b] += _isotropic(residual_BOI[b] + solved_BOI[b], settings.rank_share)
     reach_B = norms_KB.sum(0)
-    if settings.variant == "paper":
+    if paper:
+        origin_BOI = _origin(base, names)
         solved_BOI -= origin_BOI
         reach_B = reach_B + torch.linalg.vector_norm(origin_BOI, dim=(1, 2))
     _check_growth(names, torch.linalg.vector_norm(solved_BOI, dim=(1, 2)), reach_B, settings)
     return solved_BOI
+
+
+def _origin(base: StateDict, names: Sequence[str]) -> Float[Tensor, "B O I"]:
+    return torch.stack([base[name].detach().double() for name in names])
+
+
+def _solved(system_BII: Float[Tensor, "B I I"], product_BOI: Float[Tensor, "B O I"]) -> Float[Tensor, "B O I"]:
+    """product system^-1 by LU; both are overwritten, for the system may be larger than all else."""
+    failed = torch.zeros((), dtype=torch.int32, device=system_BII.device)
+    pivots_I = failed.new_empty(0)
+    # One by one: of several matrices, torch 2.13 with MKL takes the LU in threads that overwrite each other's pivots.
+    for system_II, product_OI in zip(system_BII, product_BOI, strict=True):
+        factors_II = system_II.mT  # X A = P is A^T X^T = P^T, with columns as LAPACK wants them
+        torch.linalg.lu_factor_ex(factors_II, out=(factors_II, pivots_I, failed))
+        product_OI.copy_(torch.linalg.lu_solve(factors_II, pivots_I, product_OI.mT).mT)
+    return product_BOI
 
 
 def _heterogeneity(norms_KB: Float[Tensor, "K B"]) -> Float[Tensor, " B"]:

@@ -299,7 +299,9 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
 
 
 def _command(options: argparse.Namespace) -> str:
-    given = ["python -m infra.bench.bench_methods", f"--layers {options.layers}", f"--rounds {options.rounds}"]
+    numbers = ("layers", "matrix_layers", "rounds", "limit_s")
+    given = ["python -m infra.bench.bench_methods"]
+    given += [f"--{name.replace('_', '-')} {getattr(options, name):g}" for name in numbers]
     given += [f"--{peer} PYTHON" for peer in (FB, MK) if getattr(options, peer)]
     given += [f"--{name}" for name in ("quick", "skip_scaling", "save") if getattr(options, name)]
     given += [f"--only '{options.only}'"] if options.only else []
