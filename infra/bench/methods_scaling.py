@@ -82,7 +82,8 @@ def _draw(seconds: Mapping[str, list[float]], memory: Mapping[str, list[float]],
             left.plot(COUNTS, values, marker="o", label=title)
             right.plot(COUNTS, memory[title], marker="o", label=title)
     left.set(xscale="log", yscale="log", xlabel="experts K", ylabel="seconds", title="time: slope 1 is linear")
-    right.set(xscale="log", ylim=(0, 2), xlabel="experts K", ylabel="models beyond the inputs", title="peak memory")
+    right.set_ylim(bottom=0)
+    right.set(xscale="log", xlabel="experts K", ylabel="models beyond the inputs", title="peak memory")
     right.axhline(1.5, color="grey", linestyle="--", linewidth=1)
     for axis in (left, right):
         axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
