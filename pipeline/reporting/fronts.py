@@ -43,8 +43,8 @@ def _front(unit: Artefact, gallery: Gallery, numbers: Numbers) -> Html:
         f"front_{unit.unit}",
         lambda theme: _draw(theme, front, tasks, chosen),
         alt=f"Predicted accuracy of every task along the Pareto front of {recipe['title']}",
-        caption="One thin line a trade-off, as the quadratics predict it; the thick line is the chosen one as measured "
-        "on the validation images.",
+        caption="One thin line a trade-off, as the quadratics predict it, which know no bound of 100 %; the thick line is "
+        "the chosen one as measured on the validation images.",
     )
     shown = front.slice(0, MOST_ROWS)
     columns = [f"{COEFFICIENT}{task}" for task in tasks], [f"{PREDICTED}{task}" for task in tasks]
@@ -67,12 +67,13 @@ def _draw(theme: Theme, front: pa.Table, tasks: list[str], chosen: dict[str, Any
     figure = canvas(3.6)
     axes = figure.subplots()
     values = 100 * np.stack([numbers_of(front, f"{PREDICTED}{task}") for task in tasks], axis=1)
-    for line in values[:MOST_LINES]:
-        axes.plot(range(len(tasks)), line, color=theme.grey, linewidth=0.7, alpha=0.5)
+    for number, line in enumerate(values[:MOST_LINES]):
+        label = "predicted" if number == 0 else None
+        axes.plot(range(len(tasks)), line, color=theme.grey, linewidth=0.7, alpha=0.5, label=label)
     measured = [100 * float(chosen["measured"][task]) for task in tasks]
     axes.plot(range(len(tasks)), measured, color=theme.blue, linewidth=2.6, marker="o", label="chosen, measured")
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_title("Accuracy (%) of every task along the front, on validation images")
+    axes.set_title("Accuracy (%) of every task along the front, predicted, and of the chosen merge")
     axes.legend(loc="upper right")
     only_horizontal(axes)
     return figure

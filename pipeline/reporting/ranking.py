@@ -152,13 +152,13 @@ def _draw(theme: Theme, points: list[Point], bounds: list[tuple[str, float]]) ->
                     s=70 if ours else 42, color=colour, marker="D" if ours else "o", zorder=3,
                     label=f"BD-Merging, {told}" if ours else told,
                 )  # fmt: skip
-    for title, value in bounds:
+    for _, value in bounds:
         axes.axhline(100 * value, color=theme.muted, linestyle=":", linewidth=1.2, zorder=1)
-        axes.annotate(
-            title, (1, 100 * value), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-            ha="right", fontsize=8, color=theme.muted,
-        )  # fmt: skip
     axes.margins(0.06, 0.1)
+    beside = axes.secondary_yaxis("right")  # no point can lie on a title that stands outside
+    beside.set_yticks([100 * value for _, value in bounds], [title for title, _ in bounds])
+    beside.tick_params(length=0, labelsize=8, labelcolor=theme.muted)
+    beside.spines["right"].set_visible(False)
     _number(axes, theme, points)
     axes.set_xlabel("seconds to merge or fit")
     axes.set_title("Mean accuracy (%) under corruption, task known, against cost")

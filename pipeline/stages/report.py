@@ -27,7 +27,7 @@ class Report(Stage):
     """
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = (
         "shard",
         "base",
