@@ -43,8 +43,8 @@ def _front(unit: Artefact, gallery: Gallery, numbers: Numbers) -> Html:
         f"front_{unit.unit}",
         lambda theme: _draw(theme, front, tasks, chosen),
         alt=f"Predicted accuracy of every task along the Pareto front of {recipe['title']}",
-        caption="One thin line a trade-off, as the quadratics predict it, which know no bound of 100 %; the thick line is "
-        "the chosen one as measured on the validation images.",
+        caption="One thin line a trade-off, as the quadratics predict it, which know no bound of 100 %; the thick line "
+        "is the chosen one as measured on the validation images.",
     )
     shown = front.slice(0, MOST_ROWS)
     columns = [f"{COEFFICIENT}{task}" for task in tasks], [f"{PREDICTED}{task}" for task in tasks]
