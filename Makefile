@@ -13,7 +13,7 @@ ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>
 help: ## what each target does
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(VENV)/.done ## make the environment in .venv (about two minutes)
+setup: $(VENV)/.done ## make the environment in .venv (a few minutes)
 
 # torch first and alone: everything after it finds the version it wants. The locked packages need no resolution, and
 # five of them declare pins older than this stack, so they go in without their dependencies.
@@ -33,7 +33,7 @@ demo: setup ## run the main job: train small experts, merge them, compare, repor
 	$(BIN)/bd-merge run configs/demo.yaml $(ARGS)
 
 test: setup ## the whole test suite, on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 check: setup ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .

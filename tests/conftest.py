@@ -9,6 +9,7 @@
 The pipeline is imported by the fixtures, so that tests of `bd_core` alone do without it.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,22 @@ from ray_cluster import Cluster, two_nodes
 from tiny import Tiny, make_tiny
 
 
+def pytest_configure() -> None:
+    """Where a shell began the tests in its background, Ctrl-C is ignored, and so it would be by what they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist takes note of the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`: a file's tests stay together for their fixtures' sake, and no two Rays run at once."""
+    """Under `-n`: a file's tests stay together for their fixtures' sake, and no two Rays run at once.
+
+    Ray's group takes longest, so it begins first.
+    """
     for item in items:
         group = "ray" if item.get_closest_marker("ray") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")
