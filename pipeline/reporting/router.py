@@ -42,7 +42,11 @@ def _model(model: ModelResult, gallery: Gallery, numbers: Numbers) -> Html:
                 if expert == task:
                     own[level].append(mean)
     finding = "; ".join(f"{level} {np.mean(values):.2f}" for level, values in own.items() if values)
-    caption = f"Mean weight of the task’s own expert: {finding} (uniform would be {1 / max(1, len(experts)):.2f}). "
+    shares = all(matrix.sum(axis=1).max() <= 1 + 1e-3 for level in shown for matrix in weights[level].values())
+    even = (
+        f"uniform would be {1 / max(1, len(experts)):.2f}" if shares else "gates of their own, which add up to any sum"
+    )
+    caption = f"Mean weight of the task’s own expert: {finding} ({even}). "
     caption += "Outlined: the task’s own expert; the stronger the blue, the more weight."
     single = all(matrix.shape[0] == 1 for matrix in weights[first].values())
     draw = _draw_matrix if single else _draw_layers

@@ -2,12 +2,17 @@
 
 import io
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.reporting.gallery import Gallery
 from pipeline.reporting.markup import Html, table, tag, text
+from pipeline.reporting.numbers import Numbers
+from pipeline.reporting.results import ModelResult, Results
+from pipeline.reporting.router import section
 from pipeline.reporting.style import DARK, LIGHT, METHOD_LINES, Theme, canvas, render
 
 
@@ -21,6 +26,15 @@ def test_text_never_opens_a_tag_or_leaves_an_attribute(value: str) -> None:
 def test_markup_passes_unchanged() -> None:
     assert text(Html("<b>x</b>")) == "<b>x</b>"
     assert "<td><b>1</b></td>" in table(["a", "b"], [["row", tag("b", 1)]])
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"), [([0.5, 0.5], "uniform would be 0.50"), ([0.9, 0.8], "gates of their own")]
+)
+def test_only_shares_are_measured_by_a_uniform_one(weights: list[float], told: str) -> None:
+    router = {"experts": ["a", "b"], "groups": ["all"], "mean_weights": {"clean": {"a": weights, "b": weights}}}
+    model = ModelResult("m", "M", ("a", "b"), ("clean",), {}, {}, router, {}, "evaluate/m")
+    assert told in section(Results((model,)), Gallery(dark=False), Numbers())
 
 
 def test_equal_figures_are_equal_bytes_in_both_themes() -> None:
