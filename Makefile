@@ -33,7 +33,7 @@ demo: setup ## run the main job: train small experts, merge them, compare, repor
 	$(BIN)/bd-merge run configs/demo.yaml $(ARGS)
 
 test: setup ## the whole test suite, on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup ## formatting, lint, types, layers
 	$(BIN)/ruff format --check .
