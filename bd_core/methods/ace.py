@@ -99,9 +99,11 @@ def _steps(
     sum_BOI = torch.zeros_like(product_BOI) if any_gated else product_BOI
     ridge_B = torch.zeros_like(norms_KB[0])
     centred_BOI = torch.empty_like(product_BOI)  # one for all experts
+    weight_BOI = torch.empty_like(product_BOI) if paper else centred_BOI
     for vectors_BOI in expert_layers(base, experts, names):
         centred_BOI.copy_(vectors_BOI)
-        weight_BOI = _origin(base, names) + centred_BOI if paper else centred_BOI
+        if paper:
+            _add_origin(weight_BOI.copy_(centred_BOI), base, names)
         centred_BOI -= centred_BOI.mean(1, keepdim=True)
         trace_B = torch.linalg.vector_norm(centred_BOI, dim=(1, 2)).square()
         # Under the gate all is per unit of trace: an expert without a trace has no say there.
@@ -123,15 +125,15 @@ def _steps(
         solved_BOI[b] += _isotropic(residual_BOI[b] + solved_BOI[b], settings.rank_share)
     reach_B = norms_KB.sum(0)
     if paper:
-        origin_BOI = _origin(base, names)
-        solved_BOI -= origin_BOI
-        reach_B = reach_B + torch.linalg.vector_norm(origin_BOI, dim=(1, 2))
+        _add_origin(solved_BOI, base, names, alpha=-1)
+        reach_B = reach_B + torch.stack([torch.linalg.vector_norm(base[name], dtype=torch.float64) for name in names])
     _check_growth(names, torch.linalg.vector_norm(solved_BOI, dim=(1, 2)), reach_B, settings)
     return solved_BOI
 
 
-def _origin(base: StateDict, names: Sequence[str]) -> Float[Tensor, "B O I"]:
-    return torch.stack([base[name].detach().double() for name in names])
+def _add_origin(result_BOI: Float[Tensor, "B O I"], base: StateDict, names: Sequence[str], alpha: int = 1) -> None:
+    for row_OI, name in zip(result_BOI, names, strict=True):
+        row_OI.add_(base[name].detach(), alpha=alpha)
 
 
 def _solved(system_BII: Float[Tensor, "B I I"], product_BOI: Float[Tensor, "B O I"]) -> Float[Tensor, "B O I"]:

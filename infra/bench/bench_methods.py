@@ -79,7 +79,9 @@ CASES = (
         False,
     ),
     Case("WUDI, 300 steps", "wudi", AS_THEIRS, whole=False),
+    Case("WUDI, 2 steps, for its memory", "wudi", AS_THEIRS | {"steps": 2}),
     Case("ACE", "ace"),
+    Case("ACE, paper", "ace", {"variant": "paper"}),
 )
 
 
