@@ -46,7 +46,8 @@ def wudi(
     if not learning_rate > 0:
         raise ValueError(f"wudi: learning_rate={learning_rate} must be above 0")
 
-    def solve(gram_BII: Tensor, product_BOI: Tensor, start_BOI: Tensor) -> Tensor:
+    def descended(names: list[str]) -> Tensor:
+        gram_BII, product_BOI, start_BOI = _statistics(base, experts, names)
         mean_BOI, square_BOI = torch.zeros_like(start_BOI), torch.zeros_like(start_BOI)
         for t in range(1, steps + 1):
             # The factor 2 of the gradient stays: Adam's epsilon is absolute, so the scale of the gradient counts.
@@ -57,10 +58,7 @@ def wudi(
             start_BOI.addcdiv_(mean_BOI, root_BOI, value=-learning_rate / (1 - BETAS[0] ** t))
         return start_BOI
 
-    def merge(names: list[str]) -> Tensor:
-        return solve(*_statistics(base, experts, names))
-
-    return by_layers(base, experts, matrix_names(base, exclude), budget_bytes, merge, rest=kept)
+    return by_layers(base, experts, matrix_names(base, exclude), budget_bytes, descended, rest=kept)
 
 
 def wudi_exact(
